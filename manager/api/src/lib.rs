@@ -1,1 +1,64 @@
-//! Placeholder.
+//! The objects that workstation and manager agree on.
+//!
+//! Custom resources and the admission policy that guards them, the two documents that travel (the view of a cluster
+//! and the manager's locator), and the names both sides must spell alike. It holds no client, no socket and no clock:
+//! whoever uses it decides where the objects come from.
+
+pub mod cluster_view;
+pub mod locator;
+pub mod policy;
+pub mod session;
+
+pub use cluster_view::ClusterView;
+pub use locator::ManagerLocator;
+pub use session::{ClientInfo, Session, SessionSpec, SessionStatus};
+
+/// API group of every custom resource.
+pub const GROUP: &str = "tp.dev";
+
+/// Plural name of [`Session`], as in URLs and RBAC rules.
+pub const SESSIONS: &str = "sessions";
+
+/// RBAC resource that stands for leaving the cluster through the manager: `create sessions/egress`.
+pub const EGRESS: &str = "egress";
+
+/// RBAC resource that stands for ending other people's sessions: `delete sessions/others`.
+///
+/// Everyone who connects holds `delete sessions`, to end their own; this one sets administrators apart.
+pub const OTHERS: &str = "others";
+
+/// Version of what the two sides say to each other inside the tunnel.
+pub const PROTOCOL: u32 = 1;
+
+/// Oldest version that this release still understands.
+pub const OLDEST_PROTOCOL: u32 = 1;
+
+/// Namespace the manager is installed into unless told otherwise.
+pub const MANAGER_NAMESPACE: &str = "tp-system";
+
+/// Name of the manager's Deployment, Service, ServiceAccount and ConfigMap.
+pub const MANAGER_NAME: &str = "tp-manager";
+
+/// Secret that holds the private key all replicas share.
+pub const KEY_SECRET: &str = "tp-manager-key";
+
+/// Key of [`KEY_SECRET`]'s data that holds private key and certificate as PEM.
+pub const KEY_ENTRY: &str = "identity.pem";
+
+/// Port of the tunnel, on every replica.
+pub const TUNNEL_PORT: u16 = 8443;
+
+/// Port of `/healthz` and `/readyz`.
+pub const HEALTH_PORT: u16 = 8080;
+
+/// Port of `/metrics`.
+pub const METRICS_PORT: u16 = 9090;
+
+/// How far ahead [`SessionSpec::expires_at`] may lie when it is written.
+pub const LONGEST_SESSION: std::time::Duration = std::time::Duration::from_secs(3600);
+
+/// Path of the cluster view on the tunnel's control resource.
+pub const CLUSTER_PATH: &str = "/v1/cluster";
+
+/// Path of the end-to-end probe on the tunnel's control resource.
+pub const HEALTH_PATH: &str = "/v1/health";
