@@ -1,0 +1,1 @@
+//! Whose bytes go next, and how many may be under way.
