@@ -1,1 +1,4 @@
 //! The workstation side of `tp`: commands, daemon, capture.
+
+pub mod kubeconfig;
+pub mod report;

@@ -1,0 +1,110 @@
+//! The HTTP client of the API server: built off the async threads, and with errors that name the server.
+
+use std::error::Error;
+use std::io;
+use std::time::Duration;
+
+use http::Uri;
+use kube::client::{AuthError, ClientBuilder};
+use kube::{Client, Config};
+use tower::BoxError;
+use tower::util::MapErrLayer;
+
+use crate::report::{Failure, OrFail};
+
+/// TCP and TLS together. Below 5 s, within which every failure to reach the server is to be reported.
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// The API server could not be spoken to; the source says why.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot reach the API server at {address}")]
+pub struct Unreachable {
+    address: String,
+    #[source]
+    source: BoxError,
+}
+
+/// Builds the client. A credential plugin runs here, as long as it needs: it may be waiting for a person to log in.
+pub(super) async fn client(config: Config) -> Result<Client, Failure> {
+    let built = tokio::task::spawn_blocking(move || build(config)).await;
+    built.or_fail(|| "building the client of the API server was interrupted".to_owned())?
+}
+
+fn build(config: Config) -> Result<Client, Failure> {
+    let plugin = config.auth_info.exec.clone();
+    let address = address(&config.cluster_url);
+    match ClientBuilder::try_from(config) {
+        Ok(builder) => {
+            let named = MapErrLayer::new(move |error| name_server(&address, error));
+            Ok(builder.with_layer(&named).build())
+        }
+        Err(error) => {
+            let failure = Failure::from(error);
+            Err(match plugin.and_then(|plugin| plugin.install_hint) {
+                Some(hint) => failure.hint(hint),
+                None => failure,
+            })
+        }
+    }
+}
+
+/// Where requests go, as `host:port`.
+pub(super) fn address(url: &Uri) -> String {
+    let default = if url.scheme_str() == Some("http") {
+        80
+    } else {
+        443
+    };
+    let port = url.port_u16().unwrap_or(default);
+    format!("{}:{port}", url.host().unwrap_or_default())
+}
+
+/// No answer came in time.
+pub(super) fn no_answer(address: &str, elapsed: tokio::time::error::Elapsed) -> Failure {
+    let source = io::Error::new(io::ErrorKind::TimedOut, elapsed);
+    kube::Error::Service(unreachable(address, source.into())).into()
+}
+
+fn name_server(address: &str, error: BoxError) -> BoxError {
+    if about_credentials(&*error) {
+        error
+    } else {
+        unreachable(address, error)
+    }
+}
+
+fn unreachable(address: &str, source: BoxError) -> BoxError {
+    Box::new(Unreachable {
+        address: address.to_owned(),
+        source,
+    })
+}
+
+fn about_credentials(error: &(dyn Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |&error| error.source()).any(|error| error.is::<AuthError>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_the_port_that_the_scheme_implies() {
+        assert_eq!(address(&"https://h".parse().unwrap()), "h:443");
+        assert_eq!(
+            address(&"https://[::1]:6443/x".parse().unwrap()),
+            "[::1]:6443"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_closed_port_is_named_with_its_cause() {
+        let config = Config::new("https://127.0.0.1:1".parse().unwrap());
+
+        let client = client(config).await.unwrap();
+        let failure = Failure::from(client.apiserver_version().await.unwrap_err());
+
+        assert_eq!(failure.what, "cannot reach the API server at 127.0.0.1:1");
+        assert!(failure.why[0].contains("refused"), "{failure}");
+    }
+}
