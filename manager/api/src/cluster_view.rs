@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct ClusterView {
-    /// Changes with every change of the rest. Replicas count apart, so only equality means something.
+    /// Digest of the rest but `manager`, so that it means the same at every replica. Below 2^53, for readers of JSON.
     pub version: u64,
     /// Version of the protocol that the manager speaks.
     pub protocol: u32,

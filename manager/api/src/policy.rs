@@ -106,22 +106,21 @@ mod tests {
 
     #[test]
     fn the_policy_fails_closed_and_covers_every_write() {
-        let policy = session_policy().spec.unwrap();
+        let policy = serde_json::to_value(session_policy()).unwrap();
+        let spec = &policy["spec"];
 
-        assert_eq!(policy.failure_policy.as_deref(), Some("Fail"));
-        let rules = policy.match_constraints.unwrap().resource_rules.unwrap();
-        assert_eq!(
-            rules[0].operations.as_ref().unwrap(),
-            &["CREATE", "UPDATE", "DELETE"]
-        );
-        assert_eq!(policy.validations.unwrap().len(), 6);
+        assert_eq!(spec["failurePolicy"], "Fail");
+        let rule = &spec["matchConstraints"]["resourceRules"][0];
+        assert_eq!(rule["operations"], json!(["CREATE", "UPDATE", "DELETE"]));
+        assert_eq!(rule["resources"], json!(["sessions"]));
+        assert_eq!(spec["validations"].as_array().unwrap().len(), 6);
     }
 
     #[test]
     fn the_binding_denies() {
-        let binding = session_policy_binding().spec.unwrap();
+        let binding = serde_json::to_value(session_policy_binding()).unwrap();
 
-        assert_eq!(binding.policy_name.as_deref(), Some(SESSION_POLICY));
-        assert_eq!(binding.validation_actions.unwrap(), ["Deny"]);
+        assert_eq!(binding["spec"]["policyName"], SESSION_POLICY);
+        assert_eq!(binding["spec"]["validationActions"], json!(["Deny"]));
     }
 }
