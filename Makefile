@@ -1,0 +1,63 @@
+# `make demo` and `make test` do their own set-up. Everything built is kept outside the source tree, so that a fresh
+# clone on the same machine starts warm.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/tp-target
+TARGET  := $(shell rustc -vV | sed -n 's/^host: //p')
+STATIC  := --release --target $(TARGET) --config 'target.$(TARGET).rustflags=["-Ctarget-feature=+crt-static"]'
+export TP_BIN_DIR = $(CARGO_TARGET_DIR)/$(TARGET)/release
+IMAGE   := target/image/tp.tar
+CLUSTER := tests/cluster
+
+.PHONY: help demo demo-cluster test test-only binaries image cluster cluster-down packages lint fuzz fuzz-smoke soak bench
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+
+demo: ## the proxy before two services in a network namespace; no Kubernetes needed
+	cargo build --locked $(STATIC) -p tp -p tp-manager
+	@demo/demo.sh
+
+demo-cluster: binaries image cluster ## the same story on the real cluster
+	@demo/demo-cluster.sh
+
+test: packages cluster binaries image test-only ## installs what tests need, brings up the cluster, runs all
+
+test-only: ## the tests alone; everything must be built
+	cargo test --locked --workspace --no-fail-fast
+
+binaries: ## tp and tp-manager as static release binaries, and the tests' own tools
+	cargo build --locked $(STATIC) -p tp -p tp-manager -p tp-tests --bins
+
+image: binaries ## the manager's image, as target/image/tp.tar
+	manager/image.sh
+
+cluster: ## builds and starts the test cluster
+	@$(CLUSTER)/build.sh
+	@$(CLUSTER)/status.sh >/dev/null 2>&1 || $(CLUSTER)/up.sh
+
+cluster-down: ## ends the test cluster
+	$(CLUSTER)/down.sh
+
+packages:
+	@[ "$$(id -u)" != 0 ] || tests/packages.sh
+
+lint: ## formatting, clippy, documentation, and what may depend on what
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items
+	@if command -v cargo-deny >/dev/null; then cargo deny --locked check; else echo 'cargo-deny is not installed: deny.toml was not checked'; fi
+
+fuzz: ## ten CPU minutes for each fuzz target (SECONDS_EACH=600)
+	tests/fuzz.sh $(or $(SECONDS_EACH),600)
+
+fuzz-smoke: ## twenty seconds for each fuzz target
+	tests/fuzz.sh 20
+
+soak: packages cluster binaries image ## the long counts: 100,000 short connections, 10,000 idle flows
+	TP_SOAK=1 cargo test --locked -p tp-tests --test many_flows -- --nocapture --test-threads=1
+
+bench: packages cluster binaries image ## the benchmarks, each against its peer in the same run
+	cargo bench --locked -p tp-benches

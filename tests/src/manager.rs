@@ -1,0 +1,103 @@
+//! An installed manager, of the image and the `tp` under test, shared by the tests that do not care how it got there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::cluster::{Cluster, MANAGER_NAMESPACE, lock_file};
+use crate::laptop::{Laptop, binary};
+use crate::process::tool;
+
+/// The image's name in the cluster.
+pub const IMAGE: &str = "lab.local/tp:dev";
+
+impl Cluster {
+    /// Makes sure that two replicas of the manager under test are installed and ready.
+    pub fn ensure_manager(&self) {
+        let lock = lock_file("manager.lock");
+        lock.lock().expect("flock works on the cache folder");
+        let wanted = self.load_manager_image();
+        let stamp = self.manager_stamp();
+        if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted)
+            && self.manager_is_ready()
+        {
+            return;
+        }
+        let admin = Laptop::admin(self);
+        if self
+            .try_kubectl(&["get", "namespace", MANAGER_NAMESPACE])
+            .succeeded()
+        {
+            admin.tp(&["uninstall", "--everything"]).ok();
+        }
+        admin
+            .tp(&["install", "--image", IMAGE, "--replicas", "2"])
+            .ok();
+        fs::write(stamp, wanted).expect("the cache folder is writable");
+    }
+
+    /// Says that whatever is installed now is not what other tests expect.
+    pub fn forget_manager(&self) {
+        let _ = fs::remove_file(self.manager_stamp());
+    }
+
+    /// Imports the image under test where it is not yet the one in containerd; gives a name for its content.
+    pub fn load_manager_image(&self) -> String {
+        let archive = image_archive();
+        let version = version_of(&archive) + &binary("tp");
+        let stamp = self.directory().join("run/manager-image");
+        if !fs::read_to_string(&stamp).is_ok_and(|loaded| loaded == version) {
+            self.load_image(&archive);
+            fs::write(stamp, &version).expect("the cache folder is writable");
+        }
+        version
+    }
+
+    /// The names of the manager's ready pods.
+    pub fn manager_pods(&self) -> Vec<String> {
+        let path = "jsonpath={range .items[?(@.status.containerStatuses[0].ready==true)]}{.metadata.name} {end}";
+        let pods = self.kubectl(&["-n", MANAGER_NAMESPACE, "get", "pods", "-o", path]);
+        pods.split_whitespace()
+            .filter(|name| name.starts_with("tp-manager"))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    fn manager_is_ready(&self) -> bool {
+        let arguments = [
+            "-n",
+            MANAGER_NAMESPACE,
+            "rollout",
+            "status",
+            "deploy/tp-manager",
+            "--timeout=60s",
+        ];
+        self.try_kubectl(&arguments).succeeded() && self.manager_pods().len() == 2
+    }
+
+    fn manager_stamp(&self) -> PathBuf {
+        self.directory().join("run/manager-installed")
+    }
+}
+
+/// What `make image` writes.
+fn image_archive() -> PathBuf {
+    let archive = std::env::var_os("TP_IMAGE").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/image/tp.tar"),
+        PathBuf::from,
+    );
+    assert!(
+        archive.exists(),
+        "{} is missing; `make image` writes it",
+        archive.display()
+    );
+    archive
+}
+
+fn version_of(file: &Path) -> String {
+    tool(Command::new("sha256sum").arg(file))
+        .split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}

@@ -1,0 +1,102 @@
+//! Real users of the cluster: client certificates signed by its CA, and the rights that a test gives them.
+
+use std::process::Command;
+
+use crate::cluster::{Cluster, MANAGER_NAMESPACE};
+use crate::process::tool;
+use crate::workload::Namespace;
+
+/// One user with a kubeconfig.
+#[derive(Debug)]
+pub struct User {
+    /// The name, as the API server sees it.
+    pub name: String,
+    /// A kubeconfig for the laptop, whose context names the namespace the user was made for.
+    pub kubeconfig: String,
+}
+
+impl User {
+    /// A user `name` without any right yet, whose kubeconfig is set to `namespace`.
+    pub fn without_rights(cluster: &Cluster, name: &str, namespace: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let certificates = cluster.directory().join("run/certs");
+        let script = r#"
+            cd "$1"
+            openssl ecparam -name prime256v1 -genkey -noout -out key
+            openssl req -new -key key -subj "/O=developers/CN=$3" -out request
+            printf 'extendedKeyUsage=clientAuth\n' > extensions
+            openssl x509 -req -in request -CA "$2/ca.crt" -CAkey "$2/ca.key" -set_serial "0x$(openssl rand -hex 8)" \
+              -days 2 -sha256 -extfile extensions -out certificate
+            base64 -w0 certificate; echo; base64 -w0 key; echo; base64 -w0 "$2/ca.crt"; echo
+        "#;
+        let mut openssl = Command::new("sh");
+        openssl
+            .args(["-euc", script, "sh"])
+            .arg(folder.path())
+            .arg(certificates)
+            .arg(name);
+        let output = tool(&mut openssl);
+        let [certificate, key, ca] = output.lines().collect::<Vec<_>>()[..] else {
+            panic!("openssl wrote {output}")
+        };
+        let kubeconfig = format!(
+            r#"apiVersion: v1
+kind: Config
+clusters: [{{name: lab, cluster: {{server: "https://node-1:6443", certificate-authority-data: {ca}}}}}]
+users: [{{name: {name}, user: {{client-certificate-data: {certificate}, client-key-data: {key}}}}}]
+contexts: [{{name: lab, context: {{cluster: lab, user: {name}, namespace: {namespace}}}}}]
+current-context: lab
+"#
+        );
+        Self {
+            name: name.into(),
+            kubeconfig,
+        }
+    }
+
+    /// A user who may use `tp` in `namespace`, and nothing else.
+    pub fn of_namespace(cluster: &Cluster, name: &str, namespace: &Namespace<'_>) -> Self {
+        let user = Self::without_rights(cluster, name, &namespace.name);
+        user.grant(cluster, &namespace.name, "tp-user");
+        user
+    }
+
+    /// Binds a role of the product in `namespace`; a ClusterRole of that name is what `tp install` makes.
+    pub fn grant(&self, cluster: &Cluster, namespace: &str, role: &str) {
+        let (binding, user) = (
+            self.binding(namespace, role),
+            format!("--user={}", self.name),
+        );
+        let role = format!("--clusterrole={role}");
+        cluster.kubectl(&[
+            "-n",
+            namespace,
+            "create",
+            "rolebinding",
+            &binding,
+            &role,
+            &user,
+        ]);
+    }
+
+    /// Takes a right away again.
+    pub fn revoke(&self, cluster: &Cluster, namespace: &str, role: &str) {
+        cluster.kubectl(&[
+            "-n",
+            namespace,
+            "delete",
+            "rolebinding",
+            &self.binding(namespace, role),
+        ]);
+    }
+
+    fn binding(&self, namespace: &str, role: &str) -> String {
+        // A binding in the manager's namespace outlives the test's own namespace, so its name says whose it is.
+        let suffix = if namespace == MANAGER_NAMESPACE {
+            "-manager"
+        } else {
+            ""
+        };
+        format!("{}-{role}{suffix}", self.name)
+    }
+}

@@ -1,0 +1,200 @@
+//! A namespace of a test's own, and the servers that it may want there.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::cluster::{Cluster, lock_file, scripts};
+use crate::laptop;
+use crate::process::tool;
+
+/// A namespace that is deleted when the value is dropped, unless `TP_TEST_KEEP` is set.
+#[derive(Debug)]
+pub struct Namespace<'a> {
+    /// Its name.
+    pub name: String,
+    cluster: &'a Cluster,
+}
+
+impl<'a> Namespace<'a> {
+    pub(crate) fn create(cluster: &'a Cluster, prefix: &str) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "{prefix}-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        cluster.kubectl(&["create", "namespace", &name]);
+        Self { name, cluster }
+    }
+
+    /// Applies manifests; `$NS` in them stands for the name.
+    #[track_caller]
+    pub fn apply(&self, manifests: &str) {
+        self.cluster.apply(&manifests.replace("$NS", &self.name));
+    }
+
+    /// Waits until every pod with this label is ready.
+    #[track_caller]
+    pub fn wait_ready(&self, label: &str) {
+        let arguments = [
+            "-n",
+            &self.name,
+            "wait",
+            "--for=condition=Ready",
+            "pod",
+            "-l",
+            label,
+            "--timeout=120s",
+        ];
+        // A Deployment's pods may not exist yet.
+        let (run, _) = crate::eventually("pods exist", std::time::Duration::from_secs(30), || {
+            let run = self.cluster.try_kubectl(&arguments);
+            (!run.err().contains("no matching resources")).then_some(run)
+        });
+        if !run.succeeded() {
+            panic!(
+                "{}\n{}",
+                run.report(),
+                self.cluster
+                    .kubectl(&["-n", &self.name, "describe", "pods"])
+            );
+        }
+    }
+
+    /// One value of an object, by JSONPath without braces.
+    #[track_caller]
+    pub fn value(&self, object: &str, path: &str) -> String {
+        self.cluster.value(&self.name, object, path)
+    }
+
+    /// Runs a command in a pod and gives its stdout.
+    #[track_caller]
+    pub fn exec(&self, pod: &str, command: &[&str]) -> String {
+        self.cluster
+            .kubectl(&[&["-n", &self.name, "exec", pod, "--"], command].concat())
+    }
+
+    /// Starts our probe server as pod and Service `name`. See `tests/probe/serve.rs` for its ports.
+    #[track_caller]
+    pub fn probe(&self, name: &str) {
+        load_probe_image(self.cluster);
+        self.apply(&PROBE.replace("$NAME", name));
+        self.wait_ready(&format!("app={name}"));
+    }
+
+    /// Starts one of the real servers as pod and Service `name`: `postgres`, `mariadb`, `rabbitmq` or `nginx`.
+    #[track_caller]
+    pub fn server(&self, name: &str, program: &str, ports: &[u16]) {
+        load_servers_image(self.cluster);
+        let ports_yaml: Vec<String> = ports
+            .iter()
+            .map(|port| format!("{{name: p{port}, port: {port}}}"))
+            .collect();
+        let manifest = SERVER
+            .replace("$NAME", name)
+            .replace("$PROGRAM", program)
+            .replace("$FIRST_PORT", &ports[0].to_string())
+            .replace("$PORTS", &ports_yaml.join(", "));
+        self.apply(&manifest);
+        self.wait_ready(&format!("app={name}"));
+    }
+}
+
+impl Drop for Namespace<'_> {
+    fn drop(&mut self) {
+        if std::env::var_os("TP_TEST_KEEP").is_none() {
+            self.cluster.try_kubectl(&[
+                "delete",
+                "namespace",
+                &self.name,
+                "--wait=false",
+                "--ignore-not-found",
+            ]);
+        }
+    }
+}
+
+const PROBE: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: $NAME, namespace: $NS, labels: {app: $NAME}}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers:
+  - {name: probe, image: "lab.local/probe:lab", readinessProbe: {tcpSocket: {port: 80}, periodSeconds: 1}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: $NAME, namespace: $NS}
+spec:
+  selector: {app: $NAME}
+  ports:
+  - {name: echo, port: 7}
+  - {name: echo-udp, port: 7, protocol: UDP}
+  - {name: digest, port: 9}
+  - {name: hello, port: 13}
+  - {name: reset, port: 14}
+  - {name: source, port: 19}
+  - {name: http, port: 80}
+  - {name: closed, port: 81}
+"#;
+
+const SERVER: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: $NAME, namespace: $NS, labels: {app: $NAME}}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: server
+    image: lab.local/servers:lab
+    command: [/start/$PROGRAM]
+    env: [{name: NAMES, value: "$NAME,$NAME.$NS,$NAME.$NS.svc,$NAME.$NS.svc.cluster.local"}]
+    readinessProbe: {tcpSocket: {port: $FIRST_PORT}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: $NAME, namespace: $NS}
+spec: {selector: {app: $NAME}, ports: [$PORTS]}
+"#;
+
+/// Packs our own probe as an image and imports it, once a process.
+fn load_probe_image(cluster: &Cluster) {
+    static LOADED: OnceLock<()> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let lock = lock_file("probe-image.lock");
+        lock.lock().expect("flock works on the cache folder");
+        let program = laptop::binary("probe");
+        // The folder of the copied program is named after its content.
+        let stamp = cluster.directory().join("run/probe-image");
+        if std::fs::read_to_string(&stamp).is_ok_and(|loaded| loaded == program) {
+            return;
+        }
+        let archive = cluster.directory().join("probe.tar");
+        let mut pack = Command::new("python3");
+        pack.arg(scripts().join("mkimage.py"))
+            .arg(&archive)
+            .arg("lab.local/probe:lab");
+        pack.args(["--entrypoint", r#"["/probe", "serve"]"#])
+            .arg(format!("{program}=/probe"));
+        tool(&mut pack);
+        cluster.load_image(&archive);
+        std::fs::write(stamp, program).expect("the cache folder is writable");
+    });
+}
+
+/// Builds the servers' image where it is missing, and imports it once a cluster.
+fn load_servers_image(cluster: &Cluster) {
+    static LOADED: OnceLock<()> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let lock = lock_file("servers-image.lock");
+        lock.lock().expect("flock works on the cache folder");
+        tool(&mut Command::new(scripts().join("build-servers.sh")));
+        if !cluster.has_image("lab.local/servers:lab") {
+            let archive: PathBuf = cluster.directory().join("servers/servers.tar");
+            cluster.load_image(&archive);
+        }
+    });
+}
