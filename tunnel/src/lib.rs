@@ -9,6 +9,8 @@ pub mod client;
 mod error;
 mod flow_control;
 mod identity;
+mod link;
+mod meter;
 pub mod proxy_status;
 pub mod server;
 mod settings;
@@ -20,7 +22,10 @@ pub use client::{Driver, Traffic, Tunnel};
 pub use error::{FlowError, OpenError, TunnelError};
 pub use identity::{Identity, IdentityError, KeyHash, ParseKeyHashError};
 pub use proxy_status::{DialError, DialErrorKind};
-pub use server::{Service, serve};
+pub use server::{Service, serve, serve_with};
 pub use settings::Settings;
-pub use streams::{DatagramFlow, Ended, Flow, FlowReceiver, FlowSender, Relayed, relay};
+pub use streams::{
+    DatagramFlow, DatagramReceiver, DatagramSender, Ended, Flow, FlowReceiver, FlowSender, Relayed,
+    relay,
+};
 pub use target::{Host, ParseTargetError, Target};

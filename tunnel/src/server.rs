@@ -1,20 +1,36 @@
-//! The manager's end of a connection.
+//! The manager's end of a connection: every stream is a request to a [`Service`].
+//!
+//! It knows the shapes of requests and answers and nothing of rights: those are the service's.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use h2::RecvStream;
+use h2::ext::Protocol;
+use h2::server::{Connection, SendResponse};
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
+use tokio::task::JoinSet;
 
 use crate::carrier::ByteStream;
+use crate::client::DNS_MESSAGE;
 use crate::error::TunnelError;
-use crate::proxy_status::DialError;
-use crate::settings::Settings;
+use crate::flow_control::{Frame, Pulse, Role};
+use crate::link::{Link, Wire, server_builder};
+use crate::proxy_status::{DialError, PROXY_STATUS};
+use crate::settings::{CONTROL_REQUEST_MAX, DNS_MESSAGE_MAX, Settings};
+use crate::streams::body::{self, BodyError};
+use crate::streams::{DatagramFlow, Flow, FlowSender, datagram, relay};
 use crate::target::Target;
 
 /// What a connection may reach. One value per connection, so it knows whose it is.
 pub trait Service: Send + Sync + 'static {
-    /// Dials a TCP destination. Dropping the future must cancel the dial.
+    /// Dials a TCP destination. Dropping the future must cancel the dial: the peer gave up.
     fn dial(&self, target: Target) -> BoxFuture<'_, Result<TcpStream, DialError>>;
 
     /// A UDP socket connected to the destination.
@@ -23,12 +39,12 @@ pub trait Service: Send + Sync + 'static {
     /// Answers a DNS message, both in wire format.
     fn resolve(&self, query: Bytes) -> BoxFuture<'_, Bytes>;
 
-    /// Answers a request on `/v1/…`.
-    fn control(&self, request: http::Request<Bytes>) -> BoxFuture<'_, http::Response<Bytes>>;
+    /// Answers a request on `/v1/…`, whose body is at most 64 KiB.
+    fn control(&self, request: Request<Bytes>) -> BoxFuture<'_, Response<Bytes>>;
 }
 
-/// Serves one connection until the peer or `shutdown` ends it. After `shutdown` nothing new is taken and flows go on;
-/// dropping the future resets what is left.
+/// Serves one connection until the peer or `shutdown` ends it. After `shutdown` nothing new is taken (GOAWAY) and it
+/// ends when the last flow has; dropping the future resets what is left.
 pub async fn serve(
     io: impl ByteStream,
     service: Arc<dyn Service>,
@@ -44,6 +60,229 @@ pub async fn serve_with(
     settings: Settings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), TunnelError> {
-    drop((io, service, settings, shutdown));
-    Err(TunnelError::Closed)
+    let link = Link::new(settings);
+    let mut shutdown = pin!(shutdown);
+    let handshake = server_builder(&link.settings).handshake(Wire::new(io, &link));
+    let mut connection: Connection<_, Frame> = tokio::select! {
+        connection = tokio::time::timeout(link.settings.peer_silence, handshake) => {
+            connection.map_err(|_| TunnelError::Silent(link.settings.peer_silence))??
+        }
+        () = &mut shutdown => return Ok(()),
+    };
+    let ping_pong = connection.ping_pong().expect("taken once");
+    let mut pulse = Pulse::new(
+        Role::Server,
+        ping_pong,
+        &link.settings,
+        Arc::clone(&link.meter),
+        Arc::clone(&link.holds),
+    );
+    let mut streams = JoinSet::new();
+    let mut draining = false;
+    let ended = poll_fn(|cx| {
+        if !draining && shutdown.as_mut().poll(cx).is_ready() {
+            draining = true;
+            connection.graceful_shutdown();
+        }
+        loop {
+            match connection.poll_accept(cx) {
+                Poll::Ready(Some(Ok((request, respond)))) => {
+                    let handler = Handler {
+                        service: Arc::clone(&service),
+                        link: Arc::clone(&link),
+                    };
+                    streams.spawn(handler.handle(request, respond));
+                }
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(TunnelError::from(error))),
+                Poll::Ready(None) => return Poll::Ready(Ok(())),
+                Poll::Pending => break,
+            }
+        }
+        while let Poll::Ready(Some(joined)) = streams.poll_join_next(cx) {
+            report(joined);
+        }
+        match pulse.poll(cx, &mut connection) {
+            Err(error) => Poll::Ready(Err(error)),
+            Ok(()) => Poll::Pending,
+        }
+    })
+    .await;
+    // The carrier goes first: what is left then ends with a reset and not with a FIN.
+    drop(connection);
+    streams.shutdown().await;
+    ended
+}
+
+/// A panic ends one stream only.
+fn report(joined: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = joined {
+        tracing::error!(%error, "a stream's task failed");
+    }
+}
+
+/// Answers one stream.
+struct Handler {
+    service: Arc<dyn Service>,
+    link: Arc<Link>,
+}
+
+type Respond = SendResponse<Frame>;
+
+impl Handler {
+    async fn handle(self, request: Request<RecvStream>, mut respond: Respond) {
+        let answered = match (request.method(), request.extensions().get::<Protocol>()) {
+            (&Method::CONNECT, None) => self.tcp(request, &mut respond).await,
+            (&Method::CONNECT, Some(protocol)) if protocol.as_str() == "connect-udp" => {
+                self.udp(request, &mut respond).await
+            }
+            (&Method::CONNECT, Some(_)) => refuse(&mut respond, StatusCode::NOT_IMPLEMENTED),
+            (_, Some(_) | None) => self.resource(request, &mut respond).await,
+        };
+        if let Err(error) = answered {
+            tracing::debug!(%error, "stream ended before its answer");
+        }
+    }
+
+    async fn tcp(
+        self,
+        request: Request<RecvStream>,
+        respond: &mut Respond,
+    ) -> Result<(), h2::Error> {
+        let target = request
+            .uri()
+            .authority()
+            .map(|authority| authority.as_str().parse::<Target>());
+        let Some(Ok(target)) = target else {
+            return refuse(respond, StatusCode::BAD_REQUEST);
+        };
+        // The request's body stays untouched meanwhile: what the client sends early waits in the stream's window.
+        match unless_cancelled(respond, self.service.dial(target)).await? {
+            Ok(tcp) => {
+                let stream = respond.send_response(Response::new(()), false)?;
+                relay(Flow::new(stream, request.into_body(), self.link), tcp).await;
+                Ok(())
+            }
+            Err(error) => fail(respond, &error),
+        }
+    }
+
+    async fn udp(
+        self,
+        request: Request<RecvStream>,
+        respond: &mut Respond,
+    ) -> Result<(), h2::Error> {
+        let Some(target) = datagram::from_path(request.uri().path()) else {
+            return refuse(respond, StatusCode::BAD_REQUEST);
+        };
+        match unless_cancelled(respond, self.service.associate(target)).await? {
+            Ok(socket) => {
+                let mut response = Response::new(());
+                response
+                    .headers_mut()
+                    .insert("capsule-protocol", HeaderValue::from_static("?1"));
+                let stream = respond.send_response(response, false)?;
+                let idle = self.link.settings.datagram_idle;
+                let flow = DatagramFlow::new(stream, request.into_body(), self.link);
+                datagram::relay_datagrams(flow, socket, idle).await;
+                Ok(())
+            }
+            Err(error) => fail(respond, &error),
+        }
+    }
+
+    async fn resource(
+        self,
+        request: Request<RecvStream>,
+        respond: &mut Respond,
+    ) -> Result<(), h2::Error> {
+        let (head, body) = request.into_parts();
+        match (head.uri.path(), &head.method) {
+            ("/dns-query", &Method::POST) => {
+                if head
+                    .headers
+                    .get(CONTENT_TYPE)
+                    .is_none_or(|kind| kind != DNS_MESSAGE)
+                {
+                    return refuse(respond, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+                }
+                let query = match body::collect(body, DNS_MESSAGE_MAX).await {
+                    Ok(query) => query,
+                    Err(error) => return refuse_body(respond, error),
+                };
+                let answer = unless_cancelled(respond, self.service.resolve(query)).await?;
+                let mut response = Response::new(answer);
+                response
+                    .headers_mut()
+                    .insert(CONTENT_TYPE, HeaderValue::from_static(DNS_MESSAGE));
+                self.answer(respond, response).await
+            }
+            (
+                path,
+                &(Method::GET | Method::POST | Method::PUT | Method::PATCH | Method::DELETE),
+            ) if path.starts_with("/v1/") => {
+                let body = match body::collect(body, CONTROL_REQUEST_MAX).await {
+                    Ok(body) => body,
+                    Err(error) => return refuse_body(respond, error),
+                };
+                let request = Request::from_parts(head, body);
+                let response = unless_cancelled(respond, self.service.control(request)).await?;
+                self.answer(respond, response).await
+            }
+            (path, _) if path == "/dns-query" || path.starts_with("/v1/") => {
+                refuse(respond, StatusCode::METHOD_NOT_ALLOWED)
+            }
+            _ => refuse(respond, StatusCode::NOT_FOUND),
+        }
+    }
+
+    async fn answer(
+        self,
+        respond: &mut Respond,
+        response: Response<Bytes>,
+    ) -> Result<(), h2::Error> {
+        let (head, body) = response.into_parts();
+        let stream = respond.send_response(Response::from_parts(head, ()), body.is_empty())?;
+        if !body.is_empty() {
+            let sent = FlowSender::new(stream, self.link).send_last(body).await;
+            sent.unwrap_or_else(
+                |error| tracing::debug!(%error, "the peer did not wait for its answer"),
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Work for a peer that has given up is dropped, and with it the dial.
+async fn unless_cancelled<T>(
+    respond: &mut Respond,
+    work: BoxFuture<'_, T>,
+) -> Result<T, h2::Error> {
+    tokio::select! {
+        done = work => Ok(done),
+        reason = poll_fn(|cx| respond.poll_reset(cx)) => Err(reason.map_or_else(|error| error, h2::Error::from)),
+    }
+}
+
+fn fail(respond: &mut Respond, error: &DialError) -> Result<(), h2::Error> {
+    let mut response = Response::new(());
+    *response.status_mut() = error.kind.status();
+    response
+        .headers_mut()
+        .insert(PROXY_STATUS, error.to_header());
+    respond.send_response(response, true).map(drop)
+}
+
+fn refuse(respond: &mut Respond, status: StatusCode) -> Result<(), h2::Error> {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    let value = HeaderValue::from_static("tp; error=http_request_error");
+    response.headers_mut().insert(PROXY_STATUS, value);
+    respond.send_response(response, true).map(drop)
+}
+
+fn refuse_body(respond: &mut Respond, error: BodyError) -> Result<(), h2::Error> {
+    match error {
+        BodyError::TooLarge => refuse(respond, StatusCode::PAYLOAD_TOO_LARGE),
+        BodyError::Stream(error) => Err(error),
+    }
 }

@@ -1,27 +1,50 @@
-//! One TCP flow on one HTTP/2 stream.
+//! One TCP flow on one HTTP/2 stream: END_STREAM is FIN, RST_STREAM is RST.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream};
 
 use crate::error::{FlowError, TunnelError};
+use crate::flow_control::{Frame, Hold, Lane};
+use crate::link::Link;
+use crate::meter::OpenFlow;
+use crate::settings::FRAME_PAYLOAD;
 
-/// Both directions of one TCP flow.
+/// Both directions of one TCP flow. Dropping it before both directions have ended resets it.
 pub struct Flow {
-    sender: FlowSender,
-    receiver: FlowReceiver,
+    pub(crate) sender: FlowSender,
+    pub(crate) receiver: FlowReceiver,
 }
 
 /// The sending direction.
 pub struct FlowSender {
-    _private: (),
+    stream: SendStream<Frame>,
+    lane: Lane,
+    link: Arc<Link>,
+    _open: OpenFlow,
 }
 
-/// The receiving direction.
+/// The receiving direction. Keep it until it has ended: after both halves of an unfinished flow are dropped the peer
+/// sees a reset.
 pub struct FlowReceiver {
-    _private: (),
+    stream: RecvStream,
+    link: Arc<Link>,
 }
 
 impl Flow {
-    /// Sends bytes; returns when they were handed to the connection.
+    pub(crate) fn new(stream: SendStream<Frame>, body: RecvStream, link: Arc<Link>) -> Self {
+        let sender = FlowSender::new(stream, Arc::clone(&link));
+        Self {
+            sender,
+            receiver: FlowReceiver { stream: body, link },
+        }
+    }
+
+    /// Sends bytes; returns when all were handed to the connection. Not cancel safe: a dropped call may have sent a
+    /// part.
     pub async fn send(&mut self, data: Bytes) -> Result<(), FlowError> {
         self.sender.send(data).await
     }
@@ -32,35 +55,191 @@ impl Flow {
     }
 
     /// Sends FIN; receiving goes on.
-    pub async fn finish(&mut self) -> Result<(), FlowError> {
-        self.sender.finish().await
+    pub fn finish(&mut self) -> Result<(), FlowError> {
+        self.sender.finish()
     }
 
-    /// Ends both directions with a reset.
-    pub fn reset(self) {}
+    /// Ends both directions with a reset, once what was sent has left.
+    pub async fn reset(self) {
+        self.sender.reset(Reason::CONNECT_ERROR).await;
+    }
 
-    /// The two directions, for two tasks. The flow is reset when a direction is dropped before its end.
+    /// The two directions, for two tasks.
     pub fn into_split(self) -> (FlowSender, FlowReceiver) {
         (self.sender, self.receiver)
     }
 }
 
 impl FlowSender {
+    pub(crate) fn new(stream: SendStream<Frame>, link: Arc<Link>) -> Self {
+        let (lane, open) = link.open_flow();
+        Self {
+            stream,
+            lane,
+            link,
+            _open: open,
+        }
+    }
+
     /// As [`Flow::send`].
     pub async fn send(&mut self, data: Bytes) -> Result<(), FlowError> {
-        let _ = data;
-        Err(FlowError::Tunnel(TunnelError::Closed))
+        self.send_all(data, false).await
+    }
+
+    /// Sends bytes with END_STREAM on the last frame.
+    pub(crate) async fn send_last(&mut self, data: Bytes) -> Result<(), FlowError> {
+        match data.is_empty() {
+            true => self.finish(),
+            false => self.send_all(data, true).await,
+        }
+    }
+
+    async fn send_all(&mut self, mut data: Bytes, last: bool) -> Result<(), FlowError> {
+        let waiting = CancelTurn(self);
+        while !data.is_empty() {
+            poll_fn(|cx| waiting.0.poll_send(cx, &mut data, last)).await?;
+        }
+        Ok(())
     }
 
     /// As [`Flow::finish`].
-    pub async fn finish(&mut self) -> Result<(), FlowError> {
-        Err(FlowError::Tunnel(TunnelError::Closed))
+    pub fn finish(&mut self) -> Result<(), FlowError> {
+        self.stream.reserve_capacity(0);
+        self.stream
+            .send_data(Frame::empty(), true)
+            .map_err(|error| self.cause(error))
+    }
+
+    /// Sends one frame from the front of `data`, once the windows have room for it and it is this flow's turn. The
+    /// windows come first: a flow that may not send must never hold a turn.
+    fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &mut Bytes,
+        last: bool,
+    ) -> Poll<Result<(), FlowError>> {
+        let wanted = data.len().min(FRAME_PAYLOAD);
+        loop {
+            self.stream.reserve_capacity(wanted);
+            if self.stream.capacity() == 0 {
+                match ready!(self.stream.poll_capacity(cx)) {
+                    Some(Ok(_)) => continue,
+                    Some(Err(error)) => return Poll::Ready(Err(self.cause(error))),
+                    None => return Poll::Ready(Err(self.ended())),
+                }
+            }
+            let slot = ready!(self.lane.poll_turn(cx, wanted));
+            // The window may have shrunk while this flow waited.
+            let size = wanted.min(self.stream.capacity());
+            if size == 0 {
+                continue;
+            }
+            let end = last && size == data.len();
+            let frame = Frame::in_slot(data.split_to(size), slot);
+            self.link.meter.add_sent(size);
+            return Poll::Ready(
+                self.stream
+                    .send_data(frame, end)
+                    .map_err(|error| self.cause(error)),
+            );
+        }
+    }
+
+    /// Waits until the peer has reset the flow or the connection has ended. Cancel safe.
+    pub(crate) fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<FlowError> {
+        self.stream
+            .poll_reset(cx)
+            .map(|reason| reason.map_or_else(FlowError::from, FlowError::Reset))
+    }
+
+    /// Resets the flow after the frames handed over were written: h2 would drop them.
+    pub(crate) async fn reset(mut self, reason: Reason) {
+        poll_fn(|cx| match self.stream.poll_reset(cx) {
+            Poll::Ready(_) => Poll::Ready(()),
+            Poll::Pending => self.lane.poll_written(cx),
+        })
+        .await;
+        self.stream.send_reset(reason);
+    }
+
+    /// h2 reports a use of an ended stream as a user error; the cause is what ended it.
+    fn cause(&mut self, error: h2::Error) -> FlowError {
+        match error.is_reset() || error.is_io() || error.is_go_away() {
+            true => error.into(),
+            false => self.ended(),
+        }
+    }
+
+    fn ended(&mut self) -> FlowError {
+        let mut cx = Context::from_waker(futures::task::noop_waker_ref());
+        match self.poll_reset(&mut cx) {
+            Poll::Ready(error) => error,
+            Poll::Pending => FlowError::Tunnel(TunnelError::Closed),
+        }
+    }
+}
+
+/// A reset with NO_ERROR comes after everything was sent (RFC 9113 §8.1).
+fn is_complete(error: &h2::Error) -> bool {
+    error.is_reset() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
+}
+
+/// A turn granted to nobody would stop the whole connection.
+struct CancelTurn<'a>(&'a mut FlowSender);
+
+impl Drop for CancelTurn<'_> {
+    fn drop(&mut self) {
+        self.0.lane.cancel();
+        self.0.stream.reserve_capacity(0);
     }
 }
 
 impl FlowReceiver {
+    pub(crate) fn new(stream: RecvStream, link: Arc<Link>) -> Self {
+        Self { stream, link }
+    }
+
     /// As [`Flow::recv`].
     pub async fn recv(&mut self) -> Result<Option<Bytes>, FlowError> {
-        Err(FlowError::Tunnel(TunnelError::Closed))
+        let data = poll_fn(|cx| self.poll_data(cx)).await?;
+        if let Some(data) = &data {
+            self.release(data.len());
+        }
+        Ok(data)
+    }
+
+    /// The next bytes, whose credit [`Self::release`] returns.
+    pub(crate) fn poll_data(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<Bytes>, FlowError>> {
+        loop {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) if data.is_empty() => {}
+                Some(Ok(data)) => {
+                    self.link.meter.add_received(data.len());
+                    return Poll::Ready(Ok(Some(data)));
+                }
+                Some(Err(error)) if is_complete(&error) => return Poll::Ready(Ok(None)),
+                Some(Err(error)) => return Poll::Ready(Err(error.into())),
+                None => return Poll::Ready(Ok(None)),
+            }
+        }
+    }
+
+    /// Returns the credit for consumed bytes to the stream and the connection.
+    pub(crate) fn release(&mut self, bytes: usize) {
+        // Fails only when more is released than was received, or after the stream's end, when nothing needs it.
+        let _ = self.stream.flow_control().release_capacity(bytes);
+    }
+
+    /// Bytes received and not released.
+    pub(crate) fn held(&mut self) -> usize {
+        self.stream.flow_control().used_capacity()
+    }
+
+    /// The flow has fallen behind.
+    pub(crate) fn hold(&self) -> Hold {
+        self.link.holds.begin()
     }
 }

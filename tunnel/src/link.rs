@@ -1,0 +1,122 @@
+//! What both ends of a connection have in common: its settings in h2's terms, its shared state, its byte counter.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::flow_control::{Holds, Lane, Turns, connection_window};
+use crate::meter::{Meter, OpenFlow};
+use crate::settings::{DATA_FRAME_BUDGET, FRAME_MAX, HEADER_BLOCK_MAX, RESETS_MAX, Settings};
+
+/// Shared by the flows of one connection and its driver.
+pub(crate) struct Link {
+    pub(crate) turns: Arc<Turns>,
+    pub(crate) holds: Arc<Holds>,
+    pub(crate) meter: Arc<Meter>,
+    pub(crate) settings: Settings,
+}
+
+impl Link {
+    pub(crate) fn new(settings: Settings) -> Arc<Self> {
+        Arc::new(Self {
+            turns: Turns::new(),
+            holds: Holds::new(settings.held_max),
+            meter: Arc::new(Meter::default()),
+            settings,
+        })
+    }
+
+    /// A place in the scheduler and in the count of open flows.
+    pub(crate) fn open_flow(&self) -> (Lane, OpenFlow) {
+        (self.turns.open(), self.meter.open_flow())
+    }
+}
+
+/// `h2::client::Builder` and `h2::server::Builder` have equal methods and no common trait.
+macro_rules! configure {
+    ($builder:expr, $settings:expr) => {
+        $builder
+            .initial_window_size($settings.window_min)
+            .initial_connection_window_size(connection_window($settings.window_min, 0))
+            .max_frame_size(FRAME_MAX)
+            .max_header_list_size(HEADER_BLOCK_MAX)
+            .max_concurrent_streams($settings.streams_max)
+            .max_concurrent_reset_streams(RESETS_MAX)
+            .max_pending_accept_reset_streams(RESETS_MAX)
+            .max_local_error_reset_streams(None)
+            .data_frame_budget(DATA_FRAME_BUDGET)
+    };
+}
+
+pub(crate) fn client_builder(settings: &Settings) -> h2::client::Builder {
+    let mut builder = h2::client::Builder::new();
+    configure!(builder, settings).enable_push(false);
+    builder
+}
+
+pub(crate) fn server_builder(settings: &Settings) -> h2::server::Builder {
+    let mut builder = h2::server::Builder::new();
+    configure!(builder, settings).enable_connect_protocol();
+    builder
+}
+
+/// The carrier under h2, counting what it delivers: every byte is a sign of life.
+pub(crate) struct Wire<IO> {
+    io: IO,
+    meter: Arc<Meter>,
+}
+
+impl<IO> Wire<IO> {
+    pub(crate) fn new(io: IO, link: &Link) -> Self {
+        Self {
+            io,
+            meter: Arc::clone(&link.meter),
+        }
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Wire<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
+        self.meter.add_heard(buf.filled().len() - before);
+        polled
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Wire<IO> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
