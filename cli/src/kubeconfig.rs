@@ -80,7 +80,7 @@ pub struct Selectors {
     #[arg(long, value_name = "NAME")]
     pub tls_server_name: Option<String>,
     /// Longest wait for the API server to connect or to answer, as `5s` or `1m`; 0 = no limit
-    #[arg(long, value_name = "TIME", value_parser = request_timeout)]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
     pub request_timeout: Option<Duration>,
 }
 
@@ -254,8 +254,11 @@ fn key_value(text: &str) -> Result<(String, String), String> {
         .ok_or_else(|| "expected KEY=VALUE".to_owned())
 }
 
-/// kubectl takes plain seconds as well as Go's durations.
-fn request_timeout(text: &str) -> Result<Duration, String> {
+/// Reads a time as kubectl does: plain seconds, or a duration such as `1m30s`.
+///
+/// # Errors
+/// What would have been understood.
+pub fn duration(text: &str) -> Result<Duration, String> {
     if let Ok(seconds) = text.parse() {
         return Ok(Duration::from_secs(seconds));
     }

@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 
 mod kubernetes;
 
+pub use kubernetes::is_denial;
+
 /// Exit code of a command that failed.
 pub const FAILED: u8 = 1;
 /// Exit code of a command that was called wrongly.
@@ -287,6 +289,15 @@ pub fn escaped(text: &str) -> String {
 /// Unicode's bidirectional overrides and isolates, which can make a name read as another.
 fn steers_direction(c: char) -> bool {
     matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// `1 replica`, `2 replicas`.
+#[must_use]
+pub fn counted(count: impl Into<u64>, noun: &str) -> String {
+    match count.into() {
+        1 => format!("1 {noun}"),
+        count => format!("{count} {noun}s"),
+    }
 }
 
 fn chain(error: &dyn Error) -> Vec<String> {

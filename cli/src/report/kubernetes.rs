@@ -27,6 +27,12 @@ impl From<kube::Error> for Failure {
     }
 }
 
+/// Whether the API server refused because RBAC does not allow it, and not because of what was asked.
+#[must_use]
+pub fn is_denial(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 403 && Denial::parse(&status.message).is_some())
+}
+
 fn refused(status: &Status) -> Failure {
     match status.code {
         401 => Failure::new("the API server does not accept these credentials (401)")

@@ -1,0 +1,89 @@
+//! `tp uninstall`: takes the manager, or everything, out of the cluster.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde::Serialize;
+use tp_manager_api::MANAGER_NAMESPACE;
+
+use crate::daemon;
+use crate::install::remove;
+use crate::kubeconfig::{self, Selectors};
+use crate::report::{self, Failure, Output};
+
+/// Take the manager out of the cluster
+#[derive(clap::Args, Debug, Clone)]
+pub struct Args {
+    /// Leave nothing behind: sessions, definitions, policies, roles, the key and the namespace go as well
+    #[arg(long)]
+    pub everything: bool,
+    /// Namespace of the manager
+    #[arg(long, value_name = "NAMESPACE", default_value = MANAGER_NAMESPACE)]
+    pub manager_namespace: String,
+    /// How long to wait until all is gone
+    #[arg(long, value_name = "TIME", default_value = "120s", value_parser = kubeconfig::duration)]
+    pub timeout: Duration,
+    /// Which cluster, and as whom.
+    #[command(flatten)]
+    pub selectors: Selectors,
+}
+
+#[derive(Serialize)]
+struct Gone {
+    server: String,
+    connections_ended: u64,
+    removed: Vec<String>,
+}
+
+/// Removes, and waits until what was removed is gone.
+///
+/// # Errors
+/// What the API server refuses, or an object that stays.
+pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
+    let cluster = args.selectors.load().await?;
+    report::step("asking the cluster", cluster.identity()).await?;
+    let connections_ended = if args.everything {
+        daemon::quit_connections_to(&cluster.server).await? as u64
+    } else {
+        0
+    };
+    let removed = if args.everything {
+        let work = remove::everything(&cluster, &args.manager_namespace, args.timeout);
+        report::step("removing everything", work).await?
+    } else {
+        let work = remove::manager(&cluster, &args.manager_namespace, args.timeout);
+        report::step("removing the manager", work).await?
+    };
+    let gone = Gone {
+        server: cluster.server,
+        connections_ended,
+        removed,
+    };
+    output.print(&gone, || told(&gone, args.everything))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn told(gone: &Gone, everything: bool) -> String {
+    let mut lines: Vec<_> = gone
+        .removed
+        .iter()
+        .map(|object| format!("removed {}", report::escaped(object)))
+        .collect();
+    if gone.connections_ended > 0 {
+        lines.push(format!(
+            "ended {}",
+            report::counted(gone.connections_ended, "connection")
+        ));
+    }
+    match (lines.is_empty(), everything) {
+        (true, _) => "there was nothing to remove".to_owned(),
+        (false, true) => lines.join("\n"),
+        (false, false) => {
+            lines.push(
+                "definitions, sessions, roles and the key stay; `--everything` removes them too"
+                    .to_owned(),
+            );
+            lines.join("\n")
+        }
+    }
+}

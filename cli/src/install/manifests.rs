@@ -1,0 +1,435 @@
+//! Every object of an installation, in the order in which it is applied.
+//!
+//! Pure: settings in, manifests out, so that `--dry-run` prints exactly what would be applied. The Deployment passes
+//! PodSecurity's `restricted` level, and its namespace demands it.
+
+use k8s_openapi::Resource;
+use serde::Serialize;
+use serde_json::{Value, json};
+use tp_manager_api::{HEALTH_PORT, MANAGER_NAME, METRICS_PORT, TUNNEL_PORT, policy};
+
+use super::{IMAGE_CHOICE, Settings, VERSION, roles};
+
+/// How long a replica may drain before it is killed; above the manager's own grace period.
+const GRACE_SECONDS: u32 = 40;
+/// Enough for 10,000 flows and the windows of several busy sessions.
+const MEMORY_LIMIT: &str = "512Mi";
+
+/// What an object belongs to, and so when it goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layer {
+    /// The manager's namespace.
+    Namespace,
+    /// Definitions, policies and the users' roles: they stay when only the manager is removed.
+    Shared,
+    /// The manager itself.
+    Manager,
+}
+
+/// One object and where it belongs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Manifest {
+    /// When it is removed.
+    pub layer: Layer,
+    /// The object, with `apiVersion`, `kind` and labels.
+    pub object: Value,
+}
+
+/// All objects: namespace, definitions, policies, roles, ServiceAccount, Deployment, Service.
+#[must_use]
+pub fn all(settings: &Settings) -> Vec<Manifest> {
+    let shared = [
+        typed(&policy::crd()),
+        typed(&policy::session_policy()),
+        typed(&policy::session_policy_binding()),
+    ];
+    let objects = std::iter::once((Layer::Namespace, namespace(settings)))
+        .chain(
+            shared
+                .into_iter()
+                .chain(roles::for_users())
+                .map(|object| (Layer::Shared, object)),
+        )
+        .chain(
+            manager(settings)
+                .into_iter()
+                .map(|object| (Layer::Manager, object)),
+        );
+    objects
+        .map(|(layer, object)| Manifest {
+            layer,
+            object: labelled(object),
+        })
+        .collect()
+}
+
+/// The budget that keeps one replica during a drain of nodes; only there when there is more than one.
+#[must_use]
+pub fn disruption_budget(settings: &Settings) -> Value {
+    json!({
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": named(settings, MANAGER_NAME),
+        "spec": { "maxUnavailable": 1, "selector": { "matchLabels": pod_labels() } },
+    })
+}
+
+fn manager(settings: &Settings) -> Vec<Value> {
+    let mut objects = roles::for_manager(settings);
+    objects.push(service_account(settings));
+    objects.push(network_policy(settings));
+    if settings.replicas > 1 {
+        objects.push(disruption_budget(settings));
+    }
+    objects.push(deployment(settings));
+    objects.push(service(settings));
+    objects
+}
+
+fn namespace(settings: &Settings) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {
+            "name": settings.namespace,
+            "labels": { "pod-security.kubernetes.io/enforce": "restricted" },
+        },
+    })
+}
+
+/// Its token is mounted by the Deployment alone, not by whatever else may run under this account.
+fn service_account(settings: &Settings) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": named(settings, MANAGER_NAME),
+        "automountServiceAccountToken": false,
+    })
+}
+
+/// Closes everything but the tunnel, which admits listed keys only, and the metrics, which ask for a token. A
+/// port-forward and the kubelet's probes come from the node itself and need no opening.
+fn network_policy(settings: &Settings) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": named(settings, MANAGER_NAME),
+        "spec": {
+            "podSelector": { "matchLabels": pod_labels() },
+            "policyTypes": ["Ingress"],
+            "ingress": [{ "ports": [
+                { "protocol": "TCP", "port": TUNNEL_PORT },
+                { "protocol": "TCP", "port": METRICS_PORT },
+            ]}],
+        },
+    })
+}
+
+fn service(settings: &Settings) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": named(settings, MANAGER_NAME),
+        "spec": {
+            "selector": pod_labels(),
+            "ports": [
+                { "name": "tunnel", "port": TUNNEL_PORT, "targetPort": "tunnel", "protocol": "TCP" },
+                { "name": "metrics", "port": METRICS_PORT, "targetPort": "metrics", "protocol": "TCP" },
+            ],
+        },
+    })
+}
+
+fn deployment(settings: &Settings) -> Value {
+    let choice = if settings.image.is_some() {
+        "chosen"
+    } else {
+        "release"
+    };
+    let mut metadata = named(settings, MANAGER_NAME);
+    metadata["annotations"] = json!({ IMAGE_CHOICE: choice });
+    json!({
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata,
+        "spec": {
+            "replicas": settings.replicas,
+            "revisionHistoryLimit": 2,
+            // A new replica is ready before an old one goes, so that sessions always find one.
+            "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxUnavailable": 0, "maxSurge": 1 } },
+            "selector": { "matchLabels": pod_labels() },
+            "template": {
+                "metadata": { "labels": template_labels() },
+                "spec": manager_pod(settings),
+            },
+        },
+    })
+}
+
+fn manager_pod(settings: &Settings) -> Value {
+    let mut pod = json!({
+        "serviceAccountName": MANAGER_NAME,
+        "automountServiceAccountToken": true,
+        "enableServiceLinks": false,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "nodeSelector": { "kubernetes.io/os": "linux" },
+        "securityContext": pod_security(),
+        "topologySpreadConstraints": [{
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": { "matchLabels": pod_labels() },
+        }],
+        "containers": [manager_container(settings)],
+    });
+    if !settings.pull_secrets.is_empty() {
+        let secrets: Vec<_> = settings
+            .pull_secrets
+            .iter()
+            .map(|name| json!({ "name": name }))
+            .collect();
+        pod["imagePullSecrets"] = secrets.into();
+    }
+    pod
+}
+
+fn manager_container(settings: &Settings) -> Value {
+    json!({
+        "name": "manager",
+        "image": settings.image(),
+        "imagePullPolicy": "IfNotPresent",
+        "env": pod_fields(),
+        "ports": [
+            { "name": "tunnel", "containerPort": TUNNEL_PORT, "protocol": "TCP" },
+            { "name": "health", "containerPort": HEALTH_PORT, "protocol": "TCP" },
+            { "name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP" },
+        ],
+        "readinessProbe": { "httpGet": { "path": "/readyz", "port": "health" }, "periodSeconds": 1 },
+        "livenessProbe": { "httpGet": { "path": "/healthz", "port": "health" }, "periodSeconds": 10 },
+        "resources": resources(),
+        "securityContext": container_security(),
+    })
+}
+
+/// What a manager has to know of its own pod.
+#[must_use]
+pub fn pod_fields() -> Value {
+    json!([
+        field("POD_NAME", "metadata.name"),
+        field("POD_NAMESPACE", "metadata.namespace"),
+        field("POD_IP", "status.podIP"),
+    ])
+}
+
+fn field(name: &str, path: &str) -> Value {
+    json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } })
+}
+
+/// No CPU limit: throttling would show as round-trip time of every session.
+#[must_use]
+pub fn resources() -> Value {
+    json!({
+        "requests": { "cpu": "10m", "memory": "32Mi" },
+        "limits": { "memory": MEMORY_LIMIT },
+    })
+}
+
+/// What PodSecurity's `restricted` level asks of a pod.
+#[must_use]
+pub fn pod_security() -> Value {
+    json!({
+        "runAsNonRoot": true,
+        "runAsUser": 65532,
+        "runAsGroup": 65532,
+        "fsGroup": 65532,
+        "seccompProfile": { "type": "RuntimeDefault" },
+    })
+}
+
+/// What PodSecurity's `restricted` level asks of a container, and a read-only root.
+#[must_use]
+pub fn container_security() -> Value {
+    json!({
+        "allowPrivilegeEscalation": false,
+        "readOnlyRootFilesystem": true,
+        "capabilities": { "drop": ["ALL"] },
+    })
+}
+
+/// Metadata of a namespaced object.
+pub(super) fn named(settings: &Settings, name: &str) -> Value {
+    json!({ "name": name, "namespace": settings.namespace })
+}
+
+fn pod_labels() -> Value {
+    json!({ "app.kubernetes.io/name": "tp", "app.kubernetes.io/component": "manager" })
+}
+
+fn template_labels() -> Value {
+    let mut labels = pod_labels();
+    merge(&mut labels, &our_labels());
+    labels
+}
+
+/// The labels by which our objects are found again.
+#[must_use]
+pub fn our_labels() -> Value {
+    json!({
+        "app.kubernetes.io/name": "tp",
+        "app.kubernetes.io/managed-by": "tp",
+        "app.kubernetes.io/version": VERSION,
+    })
+}
+
+fn labelled(mut object: Value) -> Value {
+    merge(&mut object["metadata"]["labels"], &our_labels());
+    object
+}
+
+fn merge(into: &mut Value, from: &Value) {
+    for (key, value) in from.as_object().into_iter().flatten() {
+        into[key] = value.clone();
+    }
+}
+
+/// A typed object with its `apiVersion` and `kind`, and without fields that are null or belong to the server.
+fn typed<K: Resource + Serialize>(object: &K) -> Value {
+    let mut value = serde_json::to_value(object).expect("Kubernetes objects have a JSON form");
+    value["apiVersion"] = K::API_VERSION.into();
+    value["kind"] = K::KIND.into();
+    if let Some(fields) = value.as_object_mut() {
+        fields.remove("status");
+    }
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::apps::v1::Deployment;
+
+    fn settings() -> Settings {
+        Settings {
+            replicas: 2,
+            pull_secrets: vec!["regcred".into()],
+            ..Settings::default()
+        }
+    }
+
+    fn kinds(settings: &Settings) -> Vec<String> {
+        let kind = |manifest: Manifest| manifest.object["kind"].as_str().unwrap().to_owned();
+        all(settings).into_iter().map(kind).collect()
+    }
+
+    fn of_kind(kind: &str) -> Value {
+        let mut manifests = all(&settings()).into_iter();
+        manifests
+            .find(|manifest| manifest.object["kind"] == kind)
+            .unwrap()
+            .object
+    }
+
+    #[test]
+    fn what_others_stand_on_comes_first() {
+        let kinds = kinds(&settings());
+        let position = |kind: &str| kinds.iter().position(|k| k == kind).unwrap();
+
+        let order = [
+            "Namespace",
+            "CustomResourceDefinition",
+            "ValidatingAdmissionPolicy",
+            "ValidatingAdmissionPolicyBinding",
+            "ClusterRole",
+            "Role",
+            "ServiceAccount",
+            "Deployment",
+            "Service",
+        ];
+
+        assert!(order.is_sorted_by_key(|kind| position(kind)), "{kinds:?}");
+    }
+
+    #[test]
+    fn every_object_can_be_found_again_by_its_labels() {
+        for Manifest { object, .. } in all(&settings()) {
+            let labels = &object["metadata"]["labels"];
+            assert_eq!(labels["app.kubernetes.io/managed-by"], "tp", "{object}");
+            assert_eq!(labels["app.kubernetes.io/version"], VERSION, "{object}");
+            assert!(object["apiVersion"].is_string(), "{object}");
+        }
+    }
+
+    #[test]
+    fn the_pod_passes_the_restricted_level() {
+        let pod = &of_kind("Deployment")["spec"]["template"]["spec"];
+        let container = &pod["containers"][0]["securityContext"];
+
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(
+            pod["securityContext"]["seccompProfile"]["type"],
+            "RuntimeDefault"
+        );
+        assert_eq!(container["allowPrivilegeEscalation"], false);
+        assert_eq!(container["readOnlyRootFilesystem"], true);
+        assert_eq!(container["capabilities"]["drop"], json!(["ALL"]));
+        assert!(container["capabilities"]["add"].is_null());
+        assert!(pod["hostNetwork"].is_null() && pod["volumes"].is_null());
+        assert_eq!(
+            of_kind("Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"],
+            "restricted"
+        );
+    }
+
+    #[test]
+    fn the_deployment_selects_the_pods_it_makes() {
+        let deployment = of_kind("Deployment");
+        let made = &deployment["spec"]["template"]["metadata"]["labels"];
+
+        for (key, value) in deployment["spec"]["selector"]["matchLabels"]
+            .as_object()
+            .unwrap()
+        {
+            assert_eq!(&made[key], value);
+        }
+    }
+
+    #[test]
+    fn a_budget_is_there_only_for_several_replicas() {
+        let one = Settings::default();
+
+        assert!(!kinds(&one).contains(&"PodDisruptionBudget".to_owned()));
+        assert!(kinds(&settings()).contains(&"PodDisruptionBudget".to_owned()));
+    }
+
+    #[test]
+    fn an_upgrade_reads_back_what_was_set() {
+        let told = Settings {
+            namespace: "tools".into(),
+            image: Some("registry.example/tp:1".into()),
+            ..settings()
+        };
+        let manifests = all(&told);
+        let found = manifests
+            .iter()
+            .find(|manifest| manifest.object["kind"] == "Deployment");
+        let deployment: Deployment = serde_json::from_value(found.unwrap().object.clone()).unwrap();
+
+        let installed = super::super::Installed::read(&deployment);
+
+        assert_eq!(installed.settings, told);
+        assert_eq!(
+            (installed.image.as_str(), installed.version.as_str()),
+            ("registry.example/tp:1", VERSION)
+        );
+    }
+
+    #[test]
+    fn the_releases_image_is_not_kept_by_an_upgrade() {
+        let deployment: Deployment = serde_json::from_value(of_kind("Deployment")).unwrap();
+
+        assert_eq!(
+            super::super::Installed::read(&deployment).settings.image,
+            None
+        );
+    }
+}

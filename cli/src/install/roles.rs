@@ -1,0 +1,218 @@
+//! Who may do what: the roles that administrators bind, and those of the manager's own account.
+//!
+//! Nothing here is bound to a user. A person who connects to namespace `shop` needs the Role `tp-connect` in the
+//! manager's namespace and the ClusterRole `tp-user` bound in `shop`.
+
+use serde_json::{Value, json};
+use tp_manager_api::{EGRESS, GROUP, KEY_SECRET, MANAGER_NAME, OTHERS, SESSIONS};
+
+use super::Settings;
+use super::manifests::named;
+
+const INTERCEPTS: &str = "intercepts";
+/// What someone does with their own objects. Not listing: a Session says who works from where.
+const OWN: [&str; 5] = ["create", "delete", "get", "patch", "update"];
+const SEE_ALL: [&str; 2] = ["list", "watch"];
+
+/// The ClusterRoles to bind in the namespaces that people work on.
+pub(super) fn for_users() -> Vec<Value> {
+    let sessions = rule(GROUP, &[SESSIONS], &OWN);
+    let intercepts = rule(GROUP, &[INTERCEPTS], &OWN);
+    let see_intercepts = rule(GROUP, &[INTERCEPTS], &SEE_ALL);
+    let see_sessions = rule(GROUP, &[SESSIONS], &SEE_ALL);
+    let egress = rule(GROUP, &[&sub(EGRESS)], &["create"]);
+    let others = rule(GROUP, &[&sub(OTHERS)], &["delete"]);
+    vec![
+        cluster_role("tp-user", &[&sessions]),
+        cluster_role("tp-intercept", &[&sessions, &intercepts, &see_intercepts]),
+        cluster_role("tp-egress", &[&egress]),
+        cluster_role(
+            "tp-admin",
+            &[
+                &sessions,
+                &see_sessions,
+                &intercepts,
+                &see_intercepts,
+                &egress,
+                &others,
+            ],
+        ),
+    ]
+}
+
+/// The manager's own rights, and the Role with which people reach it.
+pub(super) fn for_manager(settings: &Settings) -> Vec<Value> {
+    vec![
+        cluster_role(MANAGER_NAME, &manager_rules().each_ref()),
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "ClusterRoleBinding",
+            "metadata": { "name": MANAGER_NAME },
+            "roleRef": role_ref("ClusterRole"),
+            "subjects": [account(settings)],
+        }),
+        role(settings, MANAGER_NAME, own_rules(settings)),
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "RoleBinding",
+            "metadata": named(settings, MANAGER_NAME),
+            "roleRef": role_ref("Role"),
+            "subjects": [account(settings)],
+        }),
+        role(settings, "tp-connect", connect_rules()),
+    ]
+}
+
+/// What the manager looks at everywhere. It reads no Secret, no pod's environment through exec, and writes nothing
+/// but the status of Sessions.
+fn manager_rules() -> [Value; 5] {
+    let look = ["get", "list", "watch"];
+    [
+        rule("", &["services", "pods", "namespaces", "nodes"], &look),
+        rule(GROUP, &[SESSIONS], &look),
+        rule(GROUP, &[&sub("status")], &["patch", "update"]),
+        rule("networking.k8s.io", &["servicecidrs"], &look),
+        json!({
+            "apiGroups": ["authorization.k8s.io", "authentication.k8s.io"],
+            "resources": ["subjectaccessreviews", "tokenreviews"],
+            "verbs": ["create"],
+        }),
+    ]
+}
+
+/// What the manager writes in its own namespace. RBAC cannot bind a creation to a name.
+fn own_rules(settings: &Settings) -> Vec<Value> {
+    let mut rules = vec![
+        rule("", &["secrets", "configmaps"], &["create"]),
+        only(
+            KEY_SECRET,
+            rule("", &["secrets"], &["get", "update", "patch"]),
+        ),
+        only(
+            MANAGER_NAME,
+            rule("", &["configmaps"], &["get", "update", "patch"]),
+        ),
+    ];
+    if settings.ranges_by_dry_run {
+        rules.push(rule("", &["services"], &["create"]));
+    }
+    rules
+}
+
+/// Finding the manager and forwarding a port to it. A WebSocket is a GET; newer API servers ask for `create` as well.
+fn connect_rules() -> Vec<Value> {
+    vec![
+        only(MANAGER_NAME, rule("", &["configmaps"], &["get"])),
+        rule("", &["pods/portforward"], &["create", "get"]),
+    ]
+}
+
+fn sub(subresource: &str) -> String {
+    format!("{SESSIONS}/{subresource}")
+}
+
+fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
+    json!({ "apiGroups": [group], "resources": resources, "verbs": verbs })
+}
+
+fn only(name: &str, mut rule: Value) -> Value {
+    rule["resourceNames"] = json!([name]);
+    rule
+}
+
+fn cluster_role(name: &str, rules: &[&Value]) -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": { "name": name },
+        "rules": rules,
+    })
+}
+
+fn role(settings: &Settings, name: &str, rules: Vec<Value>) -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "Role",
+        "metadata": named(settings, name),
+        "rules": rules,
+    })
+}
+
+fn role_ref(kind: &str) -> Value {
+    json!({ "apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": MANAGER_NAME })
+}
+
+fn account(settings: &Settings) -> Value {
+    json!({ "kind": "ServiceAccount", "name": MANAGER_NAME, "namespace": settings.namespace })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allows(role: &Value, resource: &str, verb: &str) -> bool {
+        let has = |rule: &Value, key: &str, wanted: &str| {
+            rule[key].as_array().unwrap().contains(&json!(wanted))
+        };
+        let mut rules = role["rules"].as_array().unwrap().iter();
+        rules.any(|rule| has(rule, "resources", resource) && has(rule, "verbs", verb))
+    }
+
+    fn users(name: &str) -> Value {
+        for_users()
+            .into_iter()
+            .find(|role| role["metadata"]["name"] == name)
+            .unwrap()
+    }
+
+    #[test]
+    fn a_user_connects_but_does_not_leave_the_cluster() {
+        let user = users("tp-user");
+
+        assert!(allows(&user, "sessions", "create") && allows(&user, "sessions", "patch"));
+        assert!(!allows(&user, "sessions/egress", "create"));
+        assert!(!allows(&user, "sessions/others", "delete"));
+        assert!(!allows(&user, "intercepts", "create"));
+        assert!(!allows(&user, "sessions", "list"));
+        assert!(allows(&users("tp-egress"), "sessions/egress", "create"));
+        assert!(allows(&users("tp-admin"), "sessions/others", "delete"));
+    }
+
+    #[test]
+    fn the_manager_reads_no_secret_but_its_own() {
+        for role in for_manager(&Settings::default()) {
+            for rule in role["rules"].as_array().into_iter().flatten() {
+                let secrets = rule["resources"]
+                    .as_array()
+                    .unwrap()
+                    .contains(&json!("secrets"));
+                let reads = rule["verbs"].as_array().unwrap().contains(&json!("get"));
+                assert!(
+                    !(secrets && reads) || rule["resourceNames"] == json!([KEY_SECRET]),
+                    "{rule}"
+                );
+                assert!(
+                    !rule["verbs"].as_array().unwrap().contains(&json!("*")),
+                    "{rule}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn services_are_created_only_where_there_is_no_other_way() {
+        let may_create = |ranges_by_dry_run| {
+            let settings = Settings {
+                ranges_by_dry_run,
+                ..Settings::default()
+            };
+            for_manager(&settings)
+                .iter()
+                .filter(|role| role["rules"].is_array())
+                .any(|role| allows(role, "services", "create"))
+        };
+
+        assert!(!may_create(false));
+        assert!(may_create(true));
+    }
+}
