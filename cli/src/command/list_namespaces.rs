@@ -10,7 +10,7 @@ use serde::Serialize;
 use tp_manager_api::{GROUP, SESSIONS};
 
 use crate::kubeconfig::{Cluster, Right, Selectors};
-use crate::report::{self, Failure, Output, escaped};
+use crate::report::{self, Failure, Output, escaped, is_denial};
 
 /// Questions to the API server under way at a time.
 const AT_ONCE: usize = 16;
@@ -57,17 +57,13 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
 
 async fn entries(cluster: &Cluster) -> Result<Vec<Entry>, Failure> {
     let api: Api<Namespace> = Api::all(cluster.client.clone());
-    let list = match cluster.in_time(api.list(&ListParams::default())).await {
-        Ok(list) => list,
-        // Who may not list them may still know one: that of the context.
-        Err(denied) => {
-            return entry(cluster, cluster.namespace.clone())
-                .await
-                .ok()
-                .filter(|entry| entry.connect)
-                .map(|entry| vec![entry])
-                .ok_or(denied);
-        }
+    let everything = ListParams::default();
+    let list = match cluster
+        .in_time(async { Ok(api.list(&everything).await) })
+        .await?
+    {
+        Err(denied) if is_denial(&denied) => return own(cluster, denied).await,
+        listed => listed?,
     };
     let names = list.items.iter().map(ResourceExt::name_any);
     stream::iter(names)
@@ -75,6 +71,16 @@ async fn entries(cluster: &Cluster) -> Result<Vec<Entry>, Failure> {
         .buffered(AT_ONCE)
         .try_collect()
         .await
+}
+
+/// Who may not list namespaces may still know one: that of the context.
+async fn own(cluster: &Cluster, denied: kube::Error) -> Result<Vec<Entry>, Failure> {
+    let entry = entry(cluster, cluster.namespace.clone()).await?;
+    if entry.connect {
+        Ok(vec![entry])
+    } else {
+        Err(denied.into())
+    }
 }
 
 async fn entry(cluster: &Cluster, name: String) -> Result<Entry, Failure> {

@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Event, Pod};
+use k8s_openapi::api::core::v1::{
+    ContainerState, ContainerStateTerminated, ContainerStatus, Event, Pod,
+};
 
 use crate::report::Failure;
 
@@ -35,6 +37,10 @@ pub enum Trouble {
     Crash {
         /// Pod whose log tells more.
         pod: String,
+        /// Its node.
+        node: String,
+        /// Its image, as written in the pod.
+        image: String,
         /// Exit code.
         code: i32,
         /// The runtime's word for it: `Error`, `OOMKilled`.
@@ -211,7 +217,7 @@ fn of_container(pod: &Pod, status: &ContainerStatus) -> Option<Trouble> {
         return Some(trouble);
     }
     match why {
-        "" => ended(pod, state),
+        "" => ended(pod, status, state),
         "ContainerCreating" | "PodInitializing" => None,
         "ErrImagePull"
         | "ImagePullBackOff"
@@ -227,12 +233,15 @@ fn of_container(pod: &Pod, status: &ContainerStatus) -> Option<Trouble> {
             message,
             never_pulled: true,
         }),
-        "CrashLoopBackOff" => last
-            .and_then(|last| ended(pod, last))
-            .or(Some(Trouble::Start {
-                reason: why.to_owned(),
-                message,
-            })),
+        "CrashLoopBackOff" => last.and_then(|last| last.terminated.as_ref()).map_or_else(
+            || {
+                Some(Trouble::Start {
+                    reason: why.to_owned(),
+                    message,
+                })
+            },
+            |terminated| Some(crash(pod, status, terminated)),
+        ),
         // CreateContainerConfigError, CreateContainerError, RunContainerError, and whatever a runtime adds.
         _ => Some(Trouble::Start {
             reason: why.to_owned(),
@@ -241,23 +250,27 @@ fn of_container(pod: &Pod, status: &ContainerStatus) -> Option<Trouble> {
     }
 }
 
-/// A manager never ends well while it is waited for; only a failure is trouble, though, for a Job may have ended.
-fn ended(pod: &Pod, state: &ContainerState) -> Option<Trouble> {
-    let terminated = state
-        .terminated
-        .as_ref()
-        .filter(|terminated| terminated.exit_code != 0)?;
+/// A pod of a Job may have ended well; one of a Deployment that does is started again, and then backs off.
+fn ended(pod: &Pod, status: &ContainerStatus, state: &ContainerState) -> Option<Trouble> {
+    let terminated = state.terminated.as_ref()?;
+    (terminated.exit_code != 0).then(|| crash(pod, status, terminated))
+}
+
+/// The runtime has words of its own only where it is not the program that ended.
+fn crash(pod: &Pod, status: &ContainerStatus, terminated: &ContainerStateTerminated) -> Trouble {
     let reason = terminated
         .reason
         .clone()
         .unwrap_or_else(|| "Error".to_owned());
     match terminated.message.clone().filter(|_| reason != "Error") {
-        Some(message) => Some(Trouble::Start { reason, message }),
-        None => Some(Trouble::Crash {
+        Some(message) => Trouble::Start { reason, message },
+        None => Trouble::Crash {
             pod: name(pod).to_owned(),
+            node: node(pod),
+            image: status.image.clone(),
             code: terminated.exit_code,
             reason,
-        }),
+        },
     }
 }
 
@@ -267,18 +280,20 @@ fn wrong_architecture(pod: &Pod, status: &ContainerStatus, waiting: &str) -> Opt
         .into_iter()
         .flatten()
         .filter_map(|state| state.terminated.as_ref()?.message.as_deref());
-    let message = std::iter::once(waiting).chain(told).find(|message| {
-        message.contains("exec format error") || message.contains("no match for platform")
-    })?;
+    let message = std::iter::once(waiting)
+        .chain(told)
+        .find(|message| tells_architecture(message))?;
     Some(Trouble::Architecture {
         image: status.image.clone(),
-        node: pod
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.node_name.clone())
-            .unwrap_or_default(),
+        node: node(pod),
         message: message.to_owned(),
     })
+}
+
+/// Whether a message, or the last line of a log, says that the program is for another kind of machine.
+#[must_use]
+pub fn tells_architecture(message: &str) -> bool {
+    message.contains("exec format error") || message.contains("no match for platform")
 }
 
 /// A pod that has failed for a reason of its node, such as `Evicted` or `NodeAffinity`; a pod whose container ended
@@ -337,6 +352,12 @@ fn is_about(event: &Event, name: &str) -> bool {
 
 fn reason(event: &Event) -> &str {
     event.reason.as_deref().unwrap_or_default()
+}
+
+fn node(pod: &Pod) -> String {
+    let spec = pod.spec.as_ref();
+    spec.and_then(|spec| spec.node_name.clone())
+        .unwrap_or_default()
 }
 
 fn name(pod: &Pod) -> &str {
@@ -435,11 +456,25 @@ mod tests {
                 trouble,
                 Trouble::Crash {
                     pod: "tp-manager-0".into(),
+                    node: "node-1".into(),
+                    image: "example/tp:1".into(),
                     code: 1,
                     reason: "Error".into()
                 }
             );
         }
+    }
+
+    #[test]
+    fn a_manager_that_ends_well_again_and_again_crashes_too() {
+        let pod = container(
+            json!({ "waiting": { "reason": "CrashLoopBackOff" } }),
+            json!({ "terminated": { "exitCode": 0, "reason": "Completed" } }),
+        );
+
+        let failure = diagnose(&pod, &[]).unwrap().failure();
+
+        assert!(failure.what.contains("Completed, exit code 0"), "{failure}");
     }
 
     #[test]

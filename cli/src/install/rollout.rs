@@ -153,13 +153,25 @@ fn label<'a>(
     labels.as_ref()?.get(name).map(String::as_str)
 }
 
-/// The failure of a trouble; a crash gets the last line of its log.
+/// The failure of a trouble. A crash gets the last line of its log; where that says so, it was the architecture.
 pub(crate) async fn explain(cluster: &Cluster, namespace: &str, trouble: &Trouble) -> Failure {
     let failure = trouble.failure();
-    let Trouble::Crash { pod, .. } = trouble else {
+    let Trouble::Crash {
+        pod, node, image, ..
+    } = trouble
+    else {
         return failure;
     };
     match last_words(cluster, namespace, pod).await {
+        Some(message) if diagnose::tells_architecture(&message) => {
+            let (image, node) = (image.clone(), node.clone());
+            Trouble::Architecture {
+                image,
+                node,
+                message,
+            }
+            .failure()
+        }
         Some(line) => failure.because(line),
         None => failure,
     }
