@@ -24,5 +24,5 @@ pub use laptop::Laptop;
 pub use link::Link;
 pub use process::Run;
 pub use user::User;
-pub use wait::eventually;
+pub use wait::{eventually, time_in};
 pub use workload::Namespace;

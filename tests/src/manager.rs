@@ -7,6 +7,7 @@ use std::process::Command;
 use crate::cluster::{Cluster, MANAGER_NAMESPACE, lock_file};
 use crate::laptop::{Laptop, binary};
 use crate::process::tool;
+use crate::user::GROUP;
 
 /// The image's name in the cluster.
 pub const IMAGE: &str = "lab.local/tp:dev";
@@ -33,7 +34,52 @@ impl Cluster {
         admin
             .tp(&["install", "--image", IMAGE, "--replicas", "2"])
             .ok();
+        self.let_developers_connect();
         fs::write(stamp, wanted).expect("the cache folder is writable");
+    }
+
+    /// The cluster, beside other tests, with the manager under test installed.
+    pub fn with_manager() -> Option<Self> {
+        let cluster = Self::shared()?;
+        cluster.ensure_manager();
+        Some(cluster)
+    }
+
+    /// The cluster for one test alone, with the manager under test installed.
+    pub fn exclusive_with_manager() -> Option<Self> {
+        let cluster = Self::exclusive()?;
+        cluster.ensure_manager();
+        Some(cluster)
+    }
+
+    /// Binds the role with which people find and reach the manager to every user of the tests.
+    pub fn let_developers_connect(&self) {
+        let group = format!("--group={GROUP}");
+        let binding = [
+            "create",
+            "rolebinding",
+            "developers",
+            "--role=tp-connect",
+            &group,
+        ];
+        self.kubectl(&[&["-n", MANAGER_NAMESPACE], &binding[..]].concat());
+    }
+
+    /// The manager's processes on this machine: pod name and process id.
+    pub fn manager_processes(&self) -> Vec<(String, u32)> {
+        let entries = fs::read_dir("/proc").expect("/proc is mounted");
+        let pids = entries
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.parse().ok());
+        let of_pod = |pid: u32| {
+            let environment = fs::read_to_string(format!("/proc/{pid}/environ")).ok()?;
+            let program = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+            let pod = environment
+                .split('\0')
+                .find_map(|pair| pair.strip_prefix("POD_NAME="))?;
+            (program.trim() == "tp-manager").then(|| (pod.to_owned(), pid))
+        };
+        pids.filter_map(of_pod).collect()
     }
 
     /// Says that whatever is installed now is not what other tests expect.

@@ -128,6 +128,21 @@ impl Run {
     }
 }
 
+/// Resident memory of a process, in bytes.
+pub fn resident_memory(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or_else(|| panic!("no process {pid}")) * 1024
+}
+
+/// How many descriptors a process has open.
+pub fn open_descriptors(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap_or_else(|error| panic!("process {pid}: {error}"))
+        .count()
+}
+
 /// Runs a tool of the harness itself, as root, outside the laptop; panics when it fails.
 #[track_caller]
 pub fn tool(command: &mut Command) -> String {

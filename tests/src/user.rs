@@ -2,9 +2,12 @@
 
 use std::process::Command;
 
-use crate::cluster::{Cluster, MANAGER_NAMESPACE};
+use crate::cluster::Cluster;
 use crate::process::tool;
 use crate::workload::Namespace;
+
+/// The group of every user made here. `ensure_manager` lets it reach the manager.
+pub const GROUP: &str = "developers";
 
 /// One user with a kubeconfig.
 #[derive(Debug)]
@@ -23,7 +26,7 @@ impl User {
         let script = r#"
             cd "$1"
             openssl ecparam -name prime256v1 -genkey -noout -out key
-            openssl req -new -key key -subj "/O=developers/CN=$3" -out request
+            openssl req -new -key key -subj "/O=$4/CN=$3" -out request
             printf 'extendedKeyUsage=clientAuth\n' > extensions
             openssl x509 -req -in request -CA "$2/ca.crt" -CAkey "$2/ca.key" -set_serial "0x$(openssl rand -hex 8)" \
               -days 2 -sha256 -extfile extensions -out certificate
@@ -34,7 +37,8 @@ impl User {
             .args(["-euc", script, "sh"])
             .arg(folder.path())
             .arg(certificates)
-            .arg(name);
+            .arg(name)
+            .arg(GROUP);
         let output = tool(&mut openssl);
         let [certificate, key, ca] = output.lines().collect::<Vec<_>>()[..] else {
             panic!("openssl wrote {output}")
@@ -54,7 +58,8 @@ current-context: lab
         }
     }
 
-    /// A user who may use `tp` in `namespace`, and nothing else.
+    /// A user who may use `tp` in `namespace`, and nothing else. The right to reach the manager comes from the group
+    /// [`GROUP`].
     pub fn of_namespace(cluster: &Cluster, name: &str, namespace: &Namespace<'_>) -> Self {
         let user = Self::without_rights(cluster, name, &namespace.name);
         user.grant(cluster, &namespace.name, "tp-user");
@@ -63,10 +68,7 @@ current-context: lab
 
     /// Binds a role of the product in `namespace`; a ClusterRole of that name is what `tp install` makes.
     pub fn grant(&self, cluster: &Cluster, namespace: &str, role: &str) {
-        let (binding, user) = (
-            self.binding(namespace, role),
-            format!("--user={}", self.name),
-        );
+        let (binding, user) = (self.binding(role), format!("--user={}", self.name));
         let role = format!("--clusterrole={role}");
         cluster.kubectl(&[
             "-n",
@@ -86,17 +88,11 @@ current-context: lab
             namespace,
             "delete",
             "rolebinding",
-            &self.binding(namespace, role),
+            &self.binding(role),
         ]);
     }
 
-    fn binding(&self, namespace: &str, role: &str) -> String {
-        // A binding in the manager's namespace outlives the test's own namespace, so its name says whose it is.
-        let suffix = if namespace == MANAGER_NAMESPACE {
-            "-manager"
-        } else {
-            ""
-        };
-        format!("{}-{role}{suffix}", self.name)
+    fn binding(&self, role: &str) -> String {
+        format!("{}-{role}", self.name)
     }
 }
