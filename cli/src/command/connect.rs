@@ -1,0 +1,419 @@
+//! `tp connect`: a proxy on loopback that leads into the cluster.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use tokio_util::sync::CancellationToken;
+use tp_manager_api::MANAGER_NAMESPACE;
+use tp_tunnel::KeyHash;
+
+use super::child::{self, Signals};
+use crate::daemon::background::{self, Outcome};
+use crate::daemon::parameters::{Listen, Parameters, ProxyCredentials, Way};
+use crate::daemon::running::{self, LogTo, Running, Started};
+use crate::daemon::status::ConnectionStatus;
+use crate::daemon::valid_name;
+use crate::kubeconfig::{Secret, Selectors};
+use crate::proxy::rule::Rule;
+use crate::report::{self, BEFORE_COMMAND, Failure, OrFail, Output, USAGE, escaped};
+
+/// Connect to a cluster: a SOCKS5 and HTTP proxy on loopback that reaches its Services, pods and names
+///
+/// The connection goes on in the background; `tp status` shows it, `tp quit` ends it. With `-- COMMAND` it lives as long
+/// as the command, which finds the proxy in its environment.
+#[derive(clap::Args, Debug, Clone)]
+pub struct Args {
+    /// Serve a proxy; the only mode so far, and the default
+    #[arg(long)]
+    pub proxy: bool,
+    /// Namespace whose Services are reached by their short names [default: the context's]
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub namespace: Option<String>,
+    /// Name of this connection [default: the context's name]
+    #[arg(long, value_name = "NAME", value_parser = connection_name)]
+    pub name: Option<String>,
+    /// Port or address to listen on; 0 is any free port [default: 127.0.0.1:1080, or the next free port]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<Listen>,
+    /// Send everything to the cluster, the internet too; needs the right to leave it
+    #[arg(long)]
+    pub all: bool,
+    /// Send this to the cluster too: CIDR, host or *.suffix; repeatable
+    #[arg(long, value_name = "WHAT", value_delimiter = ',', value_parser = rule)]
+    pub also_proxy: Vec<String>,
+    /// Never send this to the cluster: CIDR, host or *.suffix; repeatable
+    #[arg(long, value_name = "WHAT", value_delimiter = ',', value_parser = rule)]
+    pub never_proxy: Vec<String>,
+    /// Stay in the foreground until Ctrl-C
+    #[arg(long)]
+    pub foreground: bool,
+    /// Reach the manager at this address instead of through the API server
+    #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
+    pub via: Option<String>,
+    /// Key that a manager without Kubernetes lists (see `tp key new`)
+    #[arg(long, value_name = "FILE", requires_all = ["via", "manager_key"], value_parser = absolute)]
+    pub key: Option<PathBuf>,
+    /// Hash of that manager's own key
+    #[arg(long, value_name = "sha256:…", requires = "key")]
+    pub manager_key: Option<KeyHash>,
+    /// Run a manager for this connection only, as a Job in the namespace
+    #[arg(long, conflicts_with = "via")]
+    pub temporary: bool,
+    /// Image of the temporary manager [default: the one of this release]
+    #[arg(long, value_name = "IMAGE", requires = "temporary")]
+    pub image: Option<String>,
+    /// Namespace of the manager
+    #[arg(long, value_name = "NAMESPACE", default_value = MANAGER_NAMESPACE)]
+    pub manager_namespace: String,
+    /// Let other machines use the proxy; needs --proxy-user and a password
+    #[arg(long, requires = "proxy_user")]
+    pub allow_lan: bool,
+    /// User name that the proxy asks for
+    #[arg(long, value_name = "NAME")]
+    pub proxy_user: Option<String>,
+    /// Password that the proxy asks for
+    #[arg(
+        long,
+        value_name = "PASSWORD",
+        env = "TP_PROXY_PASSWORD",
+        hide_env_values = true,
+        requires = "proxy_user"
+    )]
+    pub proxy_password: Option<Secret>,
+    /// File that holds that password
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "proxy_password",
+        requires = "proxy_user"
+    )]
+    pub proxy_password_file: Option<PathBuf>,
+    /// Which cluster, and as whom.
+    #[command(flatten)]
+    pub selectors: Selectors,
+    /// Run this with the proxy in its environment, and end the connection after it
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// Connects.
+///
+/// # Errors
+/// Why there is no connection; with a command, its exit code is then the one for "before the command started".
+pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
+    let parameters = args.parameters()?;
+    if !args.command.is_empty() {
+        return with_command(parameters, &args.command).await;
+    }
+    if args.foreground {
+        return foreground(parameters, *output).await;
+    }
+    let outcome = report::step("connecting", background::spawn(&parameters)).await?;
+    match outcome {
+        Outcome::Up(status) => say_connected(&status, *output),
+        Outcome::Already(status) => say_already(&status, *output),
+    }
+}
+
+async fn foreground(parameters: Parameters, output: Output) -> Result<ExitCode, Failure> {
+    let stop = background::stop_signals()?;
+    let mut running = match running::start(parameters, LogTo::Stderr, &stop).await? {
+        Started::Up(running) => running,
+        Started::Already(status) => return say_already(&status, output),
+    };
+    let said = say_connected(&running.status().await, output);
+    let ended = tokio::select! {
+        failure = running.ended() => Err(failure),
+        () = stop.cancelled() => said,
+    };
+    running.end().await;
+    ended
+}
+
+async fn with_command(
+    mut parameters: Parameters,
+    command: &[OsString],
+) -> Result<ExitCode, Failure> {
+    // Two commands at the same time must not share a connection that ends with the first of them.
+    parameters
+        .name
+        .get_or_insert_with(|| format!("run-{}", std::process::id()));
+    let open_files = child::open_files();
+    let mut signals = Signals::watch()?;
+    let stop = CancellationToken::new();
+    let mut running = {
+        let starting = report::step("connecting", running::start(parameters, LogTo::File, &stop));
+        tokio::pin!(starting);
+        let started = tokio::select! {
+            started = &mut starting => started,
+            _ = signals.next() => {
+                stop.cancel();
+                starting.await
+            }
+        };
+        match started.map_err(before_command)? {
+            Started::Up(running) => running,
+            Started::Already(status) => return Err(before_command(taken(&status.name))),
+        }
+    };
+    warn(&running.status().await);
+    let code = match child::start(command, running.variables(), open_files) {
+        Ok(child) => attend(child, &mut running, &mut signals).await,
+        Err(failure) => Err(failure),
+    };
+    running.end().await;
+    code
+}
+
+/// Waits for the command. A connection that ends under it is said and is not its end.
+async fn attend(
+    mut child: tokio::process::Child,
+    running: &mut Running,
+    signals: &mut Signals,
+) -> Result<ExitCode, Failure> {
+    let mut connected = true;
+    loop {
+        tokio::select! {
+            ended = child.wait() => {
+                let status = ended.or_fail(|| "cannot wait for the command".to_owned())?;
+                return Ok(child::exit_code(status));
+            }
+            signal = signals.next() => child::forward(signal, &child),
+            failure = running.ended(), if connected => {
+                connected = false;
+                failure.print();
+            }
+        }
+    }
+}
+
+fn before_command(failure: Failure) -> Failure {
+    match failure.exit {
+        report::FAILED => failure.exit(BEFORE_COMMAND),
+        _ => failure,
+    }
+}
+
+fn taken(name: &str) -> Failure {
+    Failure::new(format!("there is a connection named {name} already"))
+        .because("it would not end with the command")
+        .hint("leave `--name` out, or give this one another name")
+}
+
+fn say_connected(status: &ConnectionStatus, output: Output) -> Result<ExitCode, Failure> {
+    warn(status);
+    output.print(status, || told("connected to", status))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn say_already(status: &ConnectionStatus, output: Output) -> Result<ExitCode, Failure> {
+    output.print(status, || told("already connected to", status))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn told(how: &str, status: &ConnectionStatus) -> String {
+    let place = match (&status.context, &status.manager) {
+        (Some(context), _) => format!("namespace {} of {context}", status.namespace),
+        (None, Some(manager)) => manager.name.clone(),
+        (None, None) => "the manager".to_owned(),
+    };
+    let proxy = &status.proxy;
+    escaped(&format!("{how} {place}"))
+        + &format!(
+            "\nproxy: {} (SOCKS5 and HTTP)\ntry:   curl -x {} http://SERVICE/\n",
+            proxy.address, proxy.socks
+        )
+}
+
+fn warn(status: &ConnectionStatus) {
+    for warning in &status.warnings {
+        report::note(&format!("warning: {warning}"));
+    }
+}
+
+impl Args {
+    fn parameters(&self) -> Result<Parameters, Failure> {
+        let listen = self.listen.clone().unwrap_or(Listen::Default);
+        let credentials = self.credentials()?;
+        if listen.beyond_loopback() && !self.allow_lan {
+            let failure = Failure::new("the proxy would listen beyond this machine").exit(USAGE);
+            return Err(failure
+                .hint("that needs `--allow-lan` with `--proxy-user` and `--proxy-password-file`"));
+        }
+        Ok(Parameters {
+            name: self.name.clone(),
+            selectors: self.selectors.clone(),
+            namespace: self.namespace.clone(),
+            manager_namespace: self.manager_namespace.clone(),
+            way: self.way(),
+            listen,
+            all: self.all,
+            also_proxy: self.also_proxy.clone(),
+            never_proxy: self.never_proxy.clone(),
+            allow_lan: self.allow_lan,
+            credentials,
+        })
+    }
+
+    fn way(&self) -> Way {
+        match (&self.via, &self.key, self.manager_key) {
+            _ if self.temporary => Way::Temporary {
+                image: self
+                    .image
+                    .clone()
+                    .unwrap_or_else(|| crate::install::DEFAULT_IMAGE.to_owned()),
+            },
+            (Some(address), Some(key), Some(manager_key)) => Way::Standalone {
+                address: address.clone(),
+                key: key.clone(),
+                manager_key,
+            },
+            (Some(address), ..) => Way::Direct {
+                address: address.clone(),
+            },
+            (None, ..) => Way::PortForward,
+        }
+    }
+
+    fn credentials(&self) -> Result<Option<ProxyCredentials>, Failure> {
+        let Some(user) = self.proxy_user.clone() else {
+            return Ok(None);
+        };
+        let password = match (&self.proxy_password, &self.proxy_password_file) {
+            (Some(password), _) => password.clone(),
+            (None, Some(file)) => password_of(file)?,
+            (None, None) => {
+                let failure = Failure::new("`--proxy-user` needs a password").exit(USAGE);
+                return Err(
+                    failure.hint("give it with `--proxy-password-file`, or in TP_PROXY_PASSWORD")
+                );
+            }
+        };
+        if user.is_empty()
+            || user.len() > 255
+            || password.reveal().is_empty()
+            || password.reveal().len() > 255
+        {
+            return Err(Failure::new(
+                "the proxy's user and password must have 1 to 255 bytes each",
+            )
+            .exit(USAGE));
+        }
+        Ok(Some(ProxyCredentials { user, password }))
+    }
+}
+
+/// The file's first line.
+fn password_of(file: &std::path::Path) -> Result<Secret, Failure> {
+    let cannot = || format!("cannot read the password file {}", file.display());
+    let text = std::fs::read_to_string(file).or_fail(cannot)?;
+    Ok(text.lines().next().unwrap_or_default().into())
+}
+
+fn connection_name(text: &str) -> Result<String, String> {
+    let expected = "expected up to 48 letters, digits, `-`, `_` and `.`, beginning with none of the last three but `_`";
+    valid_name(text)
+        .then(|| text.to_owned())
+        .ok_or_else(|| expected.to_owned())
+}
+
+/// Checked here, so that a bad one is a usage error; kept as canonical text.
+fn rule(text: &str) -> Result<String, String> {
+    text.parse::<Rule>()
+        .map(|rule| rule.to_string())
+        .map_err(|error| error.to_string())
+}
+
+fn host_port(text: &str) -> Result<String, String> {
+    let expected = || "expected HOST:PORT".to_owned();
+    let (host, port) = text.rsplit_once(':').ok_or_else(expected)?;
+    let unclosed = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
+    match port.parse::<u16>() {
+        Ok(1..) if !host.is_empty() && !unclosed => Ok(text.to_owned()),
+        Ok(_) | Err(_) => Err(expected()),
+    }
+}
+
+fn absolute(text: &str) -> Result<PathBuf, std::io::Error> {
+    std::path::absolute(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        let words = std::iter::once("tp").chain(line.split_whitespace());
+        Line::try_parse_from(words).map(|line| line.args)
+    }
+
+    #[test]
+    fn the_way_follows_from_the_flags() {
+        let hash = format!("sha256:{}", "0".repeat(64));
+        let standalone = format!("--via h:1 --key /k --manager-key {hash}");
+
+        assert_eq!(parse("").unwrap().way(), Way::PortForward);
+        assert!(matches!(
+            parse("--via h:1").unwrap().way(),
+            Way::Direct { .. }
+        ));
+        assert!(matches!(
+            parse(&standalone).unwrap().way(),
+            Way::Standalone { .. }
+        ));
+        assert!(
+            matches!(parse("--temporary --image x").unwrap().way(), Way::Temporary { image } if image == "x")
+        );
+    }
+
+    #[test]
+    fn flags_that_make_no_sense_are_usage_errors() {
+        for line in [
+            "--key /k",
+            "--manager-key sha256:00",
+            "--temporary --via h:1",
+            "--image x",
+            "--allow-lan",
+            "--name a/b",
+            "--also-proxy 10.0.0.0/99",
+            "--via nohost",
+            "--listen nowhere",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn listening_beyond_loopback_needs_consent_and_a_password() {
+        let alone = parse("--listen 0.0.0.0:1080")
+            .unwrap()
+            .parameters()
+            .unwrap_err();
+        let no_password = parse("--listen 0.0.0.0:1080 --allow-lan --proxy-user u")
+            .unwrap()
+            .parameters();
+        let full = parse("--listen 0.0.0.0:1080 --allow-lan --proxy-user u --proxy-password p")
+            .unwrap()
+            .parameters();
+
+        assert_eq!(alone.exit, USAGE);
+        assert_eq!(no_password.unwrap_err().exit, USAGE);
+        assert!(full.unwrap().credentials.is_some());
+    }
+
+    #[test]
+    fn rules_are_separated_by_commas_and_made_canonical() {
+        let args = parse("--never-proxy 10.1.2.3/8,*.LAN. --never-proxy db").unwrap();
+
+        assert_eq!(args.never_proxy, ["10.0.0.0/8", "*.lan", "db"]);
+    }
+}

@@ -1,0 +1,93 @@
+//! The command line: one file a command, and the list of them.
+
+mod child;
+pub mod completion;
+pub mod connect;
+pub mod curl;
+pub mod env;
+pub mod install;
+pub mod key;
+pub mod list_namespaces;
+pub mod quit;
+pub mod status;
+pub mod uninstall;
+pub mod upgrade;
+pub mod version;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::daemon::background;
+use crate::report::{Failure, Output};
+
+/// Work on one service as if it ran inside a Kubernetes cluster, without root
+#[derive(Parser, Debug, Clone)]
+#[command(name = "tp", version, propagate_version = true, disable_help_subcommand = true)]
+pub struct CommandLine {
+    /// Form of what goes to stdout
+    #[arg(long, short, global = true, value_enum, default_value_t = Output::Text)]
+    output: Output,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there is one, and it is moved twice")]
+enum Command {
+    Connect(connect::Args),
+    Status(status::Args),
+    Quit(quit::Args),
+    Env(env::Args),
+    Curl(curl::Args),
+    ListNamespaces(list_namespaces::Args),
+    Install(install::Args),
+    Upgrade(upgrade::Args),
+    Uninstall(uninstall::Args),
+    Key(key::Args),
+    Version(version::Args),
+    Completion(completion::Args),
+    /// The process behind `tp connect`.
+    #[command(name = background::COMMAND, hide = true)]
+    Daemon,
+}
+
+impl CommandLine {
+    /// Whether it carries traffic, rather than asking and going away.
+    pub fn carries_traffic(&self) -> bool {
+        matches!(self.command, Command::Connect(_) | Command::Daemon)
+    }
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// The command's.
+    pub async fn run(self) -> Result<ExitCode, Failure> {
+        let output = &self.output;
+        match self.command {
+            Command::Connect(args) => connect::run(args, output).await,
+            Command::Status(args) => status::run(args, output).await,
+            Command::Quit(args) => quit::run(args, output).await,
+            Command::Env(args) => env::run(args, output).await,
+            Command::Curl(args) => curl::run(args, output).await,
+            Command::ListNamespaces(args) => list_namespaces::run(args, output).await,
+            Command::Install(args) => install::run(args, output).await,
+            Command::Upgrade(args) => upgrade::run(args, output).await,
+            Command::Uninstall(args) => uninstall::run(args, output).await,
+            Command::Key(args) => key::run(args, output).await,
+            Command::Version(args) => version::run(args, output).await,
+            Command::Completion(args) => completion::run(args, output, Self::command()).await,
+            Command::Daemon => background::run().await.map(|()| ExitCode::SUCCESS),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        CommandLine::command().debug_assert();
+    }
+}

@@ -1,0 +1,155 @@
+//! The daemon's log: JSON lines in a file that cannot fill a disk.
+//!
+//! Two files of at most [`LARGEST`] each: when the newer is full it takes the older one's place. What cannot be written
+//! is dropped; a full disk must not stop traffic.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+/// Size at which a log file is put aside: some 5,000 lines.
+const LARGEST: u64 = 1024 * 1024;
+
+/// What is logged unless `TP_LOG` says otherwise.
+const DEFAULT_FILTER: &str = "info,kube_client=warn,tower=warn,hyper=warn,h2=warn";
+
+/// Sends this process's events to the file at `path`.
+pub fn to_file(path: &Path) {
+    let log = BoundedLog::new(path.to_owned(), LARGEST);
+    let subscriber = tracing_subscriber::fmt()
+        .json()
+        .with_env_filter(filter())
+        .with_writer(log);
+    let _ = subscriber.try_init();
+}
+
+/// Sends this process's events to stderr, for people.
+pub fn to_stderr() {
+    let subscriber = tracing_subscriber::fmt()
+        .compact()
+        .with_target(false)
+        .with_env_filter(filter())
+        .with_writer(io::stderr);
+    let _ = subscriber.try_init();
+}
+
+fn filter() -> EnvFilter {
+    EnvFilter::try_from_env("TP_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER))
+}
+
+#[derive(Clone)]
+struct BoundedLog(Arc<Mutex<Open>>);
+
+struct Open {
+    path: PathBuf,
+    largest: u64,
+    file: Option<File>,
+    written: u64,
+}
+
+impl BoundedLog {
+    fn new(path: PathBuf, largest: u64) -> Self {
+        let mut open = Open {
+            path,
+            largest,
+            file: None,
+            written: 0,
+        };
+        open.reopen();
+        Self(Arc::new(Mutex::new(open)))
+    }
+}
+
+impl Open {
+    fn reopen(&mut self) {
+        let opened = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&self.path);
+        self.file = opened.ok();
+        self.written = self
+            .file
+            .as_ref()
+            .and_then(|file| file.metadata().ok())
+            .map_or(0, |found| found.len());
+    }
+
+    fn write_event(&mut self, event: &[u8]) {
+        if self.written >= self.largest {
+            let _ = fs::rename(&self.path, self.path.with_extension("log.1"));
+            self.reopen();
+        }
+        // Counted even when it fails: a full disk is tried again only once per file.
+        self.written += event.len() as u64;
+        if let Some(file) = &mut self.file {
+            let _ = file.write_all(event);
+        }
+    }
+}
+
+/// The subscriber hands over one whole event per call.
+impl Write for BoundedLog {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write_event(event);
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for BoundedLog {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_log_never_outgrows_two_files_and_is_private() {
+        let folder = std::env::temp_dir().join(format!("tp-log-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir(&folder).unwrap();
+        let path = folder.join("a.log");
+        let mut log = BoundedLog::new(path.clone(), 100);
+
+        for line in 0..100 {
+            writeln!(log, "line {line:03}").unwrap();
+        }
+
+        let sizes: u64 = fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .sum();
+        assert!(sizes <= 2 * 110, "{sizes}");
+        assert!(fs::read_to_string(&path).unwrap().ends_with("line 099\n"));
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_opened_is_silent() {
+        let mut log = BoundedLog::new("/nonexistent/a.log".into(), 100);
+        assert!(log.write_all(b"x").is_ok());
+    }
+}

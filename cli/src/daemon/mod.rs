@@ -1,0 +1,44 @@
+//! The process that keeps a connection up, and how commands talk to it.
+//!
+//! [`background`] is the process, [`running`] what lives in it: [`supervisor`] keeps a carrier up as [`connection`]
+//! decides, [`session`] lets its key in, [`control`] answers commands. [`peers`] is the commands' side of that.
+
+pub mod access;
+pub mod background;
+pub mod carrier;
+pub mod connection;
+pub mod control;
+pub mod environment;
+pub mod folder;
+pub mod key_file;
+pub mod listen;
+pub mod log;
+pub mod overlap;
+pub mod parameters;
+pub mod peers;
+pub mod running;
+pub mod session;
+pub mod status;
+pub mod supervisor;
+pub mod sys;
+pub mod unmet;
+
+pub use folder::valid_name;
+
+use crate::report::Failure;
+
+/// Ends every connection of this user to the cluster whose API server has this URL. Returns how many there were.
+///
+/// # Errors
+/// One of them does not end.
+pub async fn quit_connections_to(server: &str) -> Result<usize, Failure> {
+    let server = server.trim_end_matches('/');
+    let mut ended = 0;
+    for peer in peers::all() {
+        if peer.status().await.server.as_deref() == Some(server) {
+            peer.quit().await?;
+            ended += 1;
+        }
+    }
+    Ok(ended)
+}

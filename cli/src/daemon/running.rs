@@ -1,0 +1,511 @@
+//! One connection from its start to its end, in whichever process it runs.
+//!
+//! Puts the parts together: name, control socket, proxy, session or temporary manager, supervisor. Undoes all of it in
+//! the reverse order, also when the start fails half-way, so that nothing half-made stays behind in the cluster.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::Method;
+use jiff::Timestamp;
+use tokio::net::UnixListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tp_manager_api::HEALTH_PATH;
+use tp_tunnel::Tunnel;
+
+use super::access::Access;
+use super::connection::Phase;
+use super::control::{self, Reply, Request};
+use super::folder::{self, Claim, NotClaimed};
+use super::parameters::Parameters;
+use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
+use super::supervisor::{Facts, Supervisor, one_line};
+use super::{environment, listen, log, peers};
+use crate::proxy::{self, split::Split, split::UserRules};
+use crate::report::{Failure, OrFail};
+
+/// How long the end-to-end probe may take.
+const PROBE_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long open flows may take to notice that the connection ends.
+const FLOWS_END_WITHIN: Duration = Duration::from_millis(500);
+
+/// Where events are logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogTo {
+    /// To the connection's own file.
+    File,
+    /// To stderr as well as people read it.
+    Stderr,
+}
+
+/// What came of asking for a connection.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one of them exists at a time, for a moment"
+)]
+pub enum Started {
+    /// It is up.
+    Up(Running),
+    /// The same one was up before.
+    Already(Box<ConnectionStatus>),
+}
+
+/// A connection that is up.
+pub struct Running {
+    claim: Claim,
+    access: Access,
+    shared: Arc<Shared>,
+    supervisor: JoinHandle<Result<(), Failure>>,
+    proxy: JoinHandle<()>,
+    control: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+/// What requests on the control socket are answered from.
+struct Shared {
+    name: String,
+    namespace: String,
+    context: Option<String>,
+    server: Option<String>,
+    manager_namespace: Option<String>,
+    digest: String,
+    since: Timestamp,
+    address: SocketAddr,
+    variables: Vec<(String, String)>,
+    warnings: Vec<String>,
+    log: std::path::PathBuf,
+    lease: Option<Arc<super::session::SessionLease>>,
+    facts_rx: watch::Receiver<Facts>,
+    tunnel_rx: watch::Receiver<Option<Tunnel>>,
+    /// Somebody wants it to end.
+    quit: CancellationToken,
+}
+
+/// Starts a connection and returns when its first carrier is up. `stop` gives up; what was made is undone.
+///
+/// # Errors
+/// Why there is no connection. Nothing is left of it then.
+pub async fn start(
+    parameters: Parameters,
+    log_to: LogTo,
+    stop: &CancellationToken,
+) -> Result<Started, Failure> {
+    let rules = user_rules(&parameters)?;
+    let mut access = Access::new(&parameters).await?;
+    let name = parameters
+        .name
+        .clone()
+        .unwrap_or_else(|| folder::name_from(access.context()));
+    let digest = parameters.digest(&[access.server(), access.context(), access.namespace()]);
+    let claim = match Claim::try_new(&name) {
+        Ok(claim) => claim,
+        Err(NotClaimed::Failed(failure)) => return Err(failure),
+        Err(NotClaimed::Held(socket)) => return already(&name, &socket, &digest).await,
+    };
+    match log_to {
+        LogTo::File => log::to_file(&claim.log()),
+        LogTo::Stderr => log::to_stderr(),
+    }
+    raise_descriptor_limit();
+    let started = assemble(&parameters, rules, &mut access, &claim, digest, stop).await;
+    match started {
+        Ok(parts) => Ok(Started::Up(parts.into_running(claim, access))),
+        Err(failure) => {
+            tracing::error!(error = one_line(&failure), "not connected");
+            access.end().await;
+            claim.release();
+            Err(failure)
+        }
+    }
+}
+
+struct Parts {
+    shared: Arc<Shared>,
+    supervisor: JoinHandle<Result<(), Failure>>,
+    proxy: JoinHandle<()>,
+    control: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+impl Parts {
+    fn into_running(self, claim: Claim, access: Access) -> Running {
+        let Self {
+            shared,
+            supervisor,
+            proxy,
+            control,
+            stop,
+        } = self;
+        Running {
+            claim,
+            access,
+            shared,
+            supervisor,
+            proxy,
+            control,
+            stop,
+        }
+    }
+}
+
+async fn assemble(
+    parameters: &Parameters,
+    rules: UserRules,
+    access: &mut Access,
+    claim: &Claim,
+    digest: String,
+    quit: &CancellationToken,
+) -> Result<Parts, Failure> {
+    let control_listener = bind_control(claim)?;
+    let bound = listen::bind(&parameters.listen).await?;
+    let mut warnings = claim.passed_over.clone();
+    if bound.moved {
+        let (usual, taken) = (listen::DEFAULT_PORT, bound.address.port());
+        warnings.push(format!(
+            "port {usual} is taken, so the proxy listens on {taken}"
+        ));
+    }
+    let (facts_tx, facts_rx) = watch::channel(Facts::default());
+    let (tunnel_tx, tunnel_rx) = watch::channel(None);
+    let (split_tx, split_rx) = watch::channel(Arc::new(Split::default()));
+    let credentials = parameters.credentials.as_ref();
+    let shared = Arc::new(Shared {
+        name: claim.name.clone(),
+        namespace: access.namespace().to_owned(),
+        context: access.cluster().map(|cluster| cluster.context.clone()),
+        server: access.cluster().map(|cluster| cluster.server.clone()),
+        manager_namespace: access.manager_namespace(),
+        digest,
+        since: Timestamp::now(),
+        address: bound.address,
+        variables: environment::variables(bound.address, credentials, &parameters.never_proxy),
+        warnings,
+        log: claim.log(),
+        lease: access.lease(),
+        facts_rx: facts_rx.clone(),
+        tunnel_rx: tunnel_rx.clone(),
+        quit: quit.clone(),
+    });
+    let stop = CancellationToken::new();
+    let answering = Arc::clone(&shared);
+    let answer = move |request| {
+        let shared = Arc::clone(&answering);
+        async move { shared.answer(request).await }
+    };
+    let control = tokio::spawn(control::serve(control_listener, stop.clone(), answer));
+    let dialer = match quit.run_until_cancelled(access.dialer(parameters)).await {
+        Some(dialer) => dialer?,
+        None => return Err(interrupted()),
+    };
+    let supervisor = Supervisor {
+        dialer,
+        identity: access.identity().clone(),
+        session: access.lease(),
+        rules,
+        tunnel_tx,
+        split_tx,
+        facts_tx,
+    };
+    let mut supervisor = tokio::spawn(supervisor.run(stop.clone()));
+    if let Err(failure) = first_carrier(&mut supervisor, facts_rx, quit).await {
+        stop.cancel();
+        let _ = control.await;
+        supervisor.abort();
+        return Err(failure);
+    }
+    let options = proxy::Options {
+        credentials: credentials
+            .map(|given| proxy::Credentials::new(&given.user, given.password.reveal())),
+        allow_lan: parameters.allow_lan,
+        ..proxy::Options::default()
+    };
+    let upstream = proxy::Upstream {
+        tunnel: tunnel_rx,
+        split: split_rx,
+    };
+    let proxy = tokio::spawn(proxy::serve(
+        bound.listeners,
+        options,
+        upstream,
+        Arc::default(),
+        stop.clone().cancelled_owned(),
+    ));
+    Ok(Parts {
+        shared,
+        supervisor,
+        proxy,
+        control,
+        stop,
+    })
+}
+
+impl Running {
+    /// What can be said of it now, after a probe.
+    pub async fn status(&self) -> ConnectionStatus {
+        self.shared.status().await
+    }
+
+    /// The variables that make a program use it.
+    pub fn variables(&self) -> &[(String, String)] {
+        &self.shared.variables
+    }
+
+    /// Waits until it ends by itself, and says why. Cancel safe.
+    pub async fn ended(&mut self) -> Failure {
+        tokio::select! {
+            ended = &mut self.supervisor => match ended {
+                Ok(Err(failure)) => failure,
+                Ok(Ok(())) => Failure::new("the connection was ended"),
+                Err(panic) => Failure::new("the connection broke down").because(panic.to_string()),
+            },
+            broken = &mut self.proxy => {
+                let why = broken.err().map_or_else(|| "it returned".to_owned(), |panic| panic.to_string());
+                Failure::new("the proxy broke down").because(why)
+            }
+        }
+    }
+
+    /// Leaves word of a failure for the next `tp status`.
+    pub fn leave_word(&self, failure: &Failure) {
+        self.claim.leave_word(&one_line(failure));
+    }
+
+    /// Ends it: no new flows, open ones cut, session deleted, name free.
+    pub async fn end(mut self) {
+        self.stop.cancel();
+        if !self.proxy.is_finished() {
+            let drained = tokio::time::timeout(FLOWS_END_WITHIN, &mut self.proxy).await;
+            if drained.is_err() {
+                self.proxy.abort();
+            }
+        }
+        if !self.supervisor.is_finished() {
+            let _ = (&mut self.supervisor).await;
+        }
+        self.access.end().await;
+        let _ = self.control.await;
+        tracing::info!("ended");
+        self.claim.release();
+    }
+}
+
+impl Shared {
+    async fn answer(&self, request: Request) -> Reply {
+        match request {
+            Request::Status => Reply::Status {
+                connection: Box::new(self.status().await),
+                digest: self.digest.clone(),
+            },
+            Request::Env => Reply::Env {
+                variables: self.variables.clone(),
+            },
+            Request::Quit => {
+                self.quit.cancel();
+                Reply::Ending
+            }
+        }
+    }
+
+    async fn status(&self) -> ConnectionStatus {
+        let tunnel = self.tunnel_rx.borrow().clone();
+        let probe = match &tunnel {
+            Some(tunnel) => probe(tunnel).await,
+            None => ProbeStatus::default(),
+        };
+        let facts = self.facts_rx.borrow().clone();
+        let traffic = tunnel.as_ref().map(Tunnel::traffic).unwrap_or_default();
+        let round_trip = tunnel
+            .as_ref()
+            .and_then(Tunnel::round_trip)
+            .map(milliseconds);
+        let carrier = facts.carrier.map(|carrier| CarrierStatus {
+            kind: carrier.kind,
+            peer: carrier.peer,
+            round_trip_ms: round_trip,
+            up_since: carrier.up_since,
+        });
+        ConnectionStatus {
+            name: self.name.clone(),
+            namespace: if self.namespace.is_empty() {
+                facts.namespace
+            } else {
+                self.namespace.clone()
+            },
+            state: state(facts.phase, &probe, self.quit.is_cancelled()),
+            mode: "proxy".to_owned(),
+            context: self.context.clone(),
+            server: self.server.clone(),
+            manager: facts.manager.map(|manager| ManagerStatus {
+                name: manager.name,
+                version: manager.version,
+                namespace: self.manager_namespace.clone(),
+            }),
+            proxy: environment::shown(self.address),
+            carriers: carrier.into_iter().collect(),
+            probe,
+            flows: traffic.flows,
+            bytes_up: facts.carried.0 + traffic.bytes_up,
+            bytes_down: facts.carried.1 + traffic.bytes_down,
+            last_cut: facts.last_cut,
+            since: self.since,
+            session: self.lease.as_ref().and_then(|lease| lease.status()),
+            warnings: self
+                .warnings
+                .iter()
+                .chain(&facts.overlaps)
+                .cloned()
+                .collect(),
+            error: facts.error,
+            log: self.log.clone(),
+            pid: std::process::id(),
+        }
+    }
+}
+
+/// Never "connected" from memory: only a probe that came back makes it so.
+fn state(phase: Phase, probe: &ProbeStatus, ending: bool) -> State {
+    match phase {
+        _ if ending => State::Ending,
+        Phase::Connecting => State::Connecting,
+        Phase::Connected { .. } if probe.ok => State::Connected,
+        Phase::Connected { .. } => State::Degraded,
+        Phase::Reconnecting { .. } => State::Reconnecting,
+        Phase::Ended => State::Ending,
+    }
+}
+
+async fn probe(tunnel: &Tunnel) -> ProbeStatus {
+    let begun = Instant::now();
+    let asked = tokio::time::timeout(
+        PROBE_WITHIN,
+        tunnel.control(Method::GET, HEALTH_PATH, Bytes::new()),
+    );
+    let error = match asked.await {
+        Ok(Ok(answer)) if answer.status().is_success() => None,
+        Ok(Ok(answer)) => Some(format!("the manager answered {}", answer.status())),
+        Ok(Err(error)) => Some(one_line(
+            &Failure::new("the tunnel failed").caused_by(&error),
+        )),
+        Err(_) => Some(format!("no answer within {PROBE_WITHIN:?}")),
+    };
+    ProbeStatus {
+        ok: error.is_none(),
+        took_ms: Some(milliseconds(begun.elapsed())),
+        error,
+    }
+}
+
+/// With three decimals: enough for a loopback.
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+async fn first_carrier(
+    supervisor: &mut JoinHandle<Result<(), Failure>>,
+    mut facts_rx: watch::Receiver<Facts>,
+    quit: &CancellationToken,
+) -> Result<(), Failure> {
+    let up = facts_rx.wait_for(|facts| matches!(facts.phase, Phase::Connected { .. }));
+    tokio::select! {
+        biased;
+        () = quit.cancelled() => Err(interrupted()),
+        ended = supervisor => match ended {
+            Ok(outcome) => outcome.and(Err(interrupted())),
+            Err(panic) => Err(Failure::new("the connection broke down").because(panic.to_string())),
+        },
+        _ = up => Ok(()),
+    }
+}
+
+fn interrupted() -> Failure {
+    Failure::new("ended before it was connected").exit(130)
+}
+
+async fn already(name: &str, socket: &std::path::Path, digest: &str) -> Result<Started, Failure> {
+    let (connection, theirs) = peers::wait_connected(name, socket).await?;
+    if theirs == digest {
+        return Ok(Started::Already(Box::new(connection)));
+    }
+    let other = match (&connection.context, connection.namespace.as_str()) {
+        (Some(context), namespace) => {
+            format!("it leads to namespace {namespace} of {context}, or has other flags")
+        }
+        (None, _) => "it leads elsewhere, or has other flags".to_owned(),
+    };
+    Err(
+        Failure::new(format!("there is a connection named {name} already"))
+            .because(other)
+            .hint(format!(
+                "end it with `tp quit {name}`, or give this one another name with `--name`"
+            )),
+    )
+}
+
+fn bind_control(claim: &Claim) -> Result<UnixListener, Failure> {
+    let socket = claim.socket();
+    let cannot = || format!("cannot make the control socket {}", socket.display());
+    let listener = UnixListener::bind(&socket).or_fail(cannot)?;
+    let private = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(&socket, private).or_fail(cannot)?;
+    Ok(listener)
+}
+
+fn user_rules(parameters: &Parameters) -> Result<UserRules, Failure> {
+    let parse = |texts: &[String]| -> Result<Vec<_>, Failure> {
+        let rule = |text: &String| text.parse().or_fail(|| "that is no rule".to_owned());
+        texts.iter().map(rule).collect()
+    };
+    Ok(UserRules {
+        all: parameters.all,
+        also_proxy: parse(&parameters.also_proxy)?,
+        never_proxy: parse(&parameters.never_proxy)?,
+    })
+}
+
+/// Each flow takes a descriptor, and many systems begin at 1,024.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_probe_that_came_back_makes_it_connected() {
+        let since = Instant::now();
+        let up = ProbeStatus {
+            ok: true,
+            ..ProbeStatus::default()
+        };
+        let down = ProbeStatus::default();
+        for (phase, probe, ending, expected) in [
+            (Phase::Connecting, &down, false, State::Connecting),
+            (Phase::Connected { since }, &up, false, State::Connected),
+            (Phase::Connected { since }, &down, false, State::Degraded),
+            (
+                Phase::Reconnecting { since, attempt: 3 },
+                &down,
+                false,
+                State::Reconnecting,
+            ),
+            (Phase::Connected { since }, &up, true, State::Ending),
+        ] {
+            assert_eq!(state(phase, probe, ending), expected);
+        }
+    }
+}
