@@ -147,6 +147,11 @@ fn refused(message: &str) -> Failure {
             "PodSecurity refuses the manager's pod",
             "a webhook may have changed the pod: as we write it, it passes `restricted`",
         )
+    } else if message.contains("ValidatingAdmissionPolicy") {
+        (
+            "an admission policy refuses the manager's pod",
+            "ask whoever wrote that policy for an exception",
+        )
     } else if message.contains("webhook") {
         (
             "an admission webhook refuses the manager's pod",

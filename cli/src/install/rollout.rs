@@ -81,12 +81,11 @@ fn look(scene: &Scene, generation: i64, replicas: usize) -> Verdict<ManagerLocat
     let Some(deployment) = observed else {
         return Verdict::Wait;
     };
-    let found = locator(scene)
-        .filter(|locator| locator.pods.len() >= replicas && is_rolled_out(deployment));
-    if let Some(locator) = found {
+    let pods = newest_pods(scene, deployment);
+    let found = locator(scene).filter(|locator| lists(locator, &pods) >= replicas);
+    if let Some(locator) = found.filter(|_| is_rolled_out(deployment)) {
         return Verdict::Done(locator);
     }
-    let pods = newest_pods(scene, deployment);
     let trouble = diagnose::of_pods(&pods, scene.events.values())
         .or_else(|| diagnose::of_deployment(deployment));
     trouble.map_or(Verdict::Wait, Verdict::Trouble)
@@ -122,6 +121,15 @@ fn locator(scene: &Scene) -> Option<ManagerLocator> {
     serde_json::from_str(data.get(LOCATOR_ENTRY)?).ok()
 }
 
+/// How many of these pods the locator names; it may still name those of the revision before.
+fn lists(locator: &ManagerLocator, pods: &[&Pod]) -> usize {
+    let name = |pod: &Pod| pod.metadata.name.clone().unwrap_or_default();
+    pods.iter()
+        .filter(|pod| locator.pods.contains(&name(pod)))
+        .count()
+}
+
+/// The pods of the newest revision that are to stay.
 fn newest_pods<'a>(scene: &'a Scene, deployment: &Deployment) -> Vec<&'a Pod> {
     let annotation = |annotations: &Option<std::collections::BTreeMap<String, String>>| {
         annotations
@@ -139,10 +147,12 @@ fn newest_pods<'a>(scene: &'a Scene, deployment: &Deployment) -> Vec<&'a Pod> {
     let Some(hash) = newest.and_then(|set| label(&set.metadata.labels, TEMPLATE_HASH)) else {
         return Vec::new();
     };
-    scene
+    let of_revision = scene
         .pods
         .values()
-        .filter(|pod| label(&pod.metadata.labels, TEMPLATE_HASH) == Some(hash))
+        .filter(|pod| label(&pod.metadata.labels, TEMPLATE_HASH) == Some(hash));
+    of_revision
+        .filter(|pod| pod.metadata.deletion_timestamp.is_none())
         .collect()
 }
 
@@ -309,6 +319,10 @@ mod tests {
         ));
         assert!(matches!(
             look(&with_locator(scene("2", running.clone()), &[]), 2, 1),
+            Verdict::Wait
+        ));
+        assert!(matches!(
+            look(&with_locator(scene("2", running.clone()), &["old-1"]), 2, 1),
             Verdict::Wait
         ));
         assert!(matches!(
