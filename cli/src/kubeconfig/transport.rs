@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use http::Uri;
 use kube::client::{AuthError, ClientBuilder};
+use kube::config::ExecConfig;
 use kube::{Client, Config};
 use tower::BoxError;
 use tower::util::MapErrLayer;
@@ -32,19 +33,32 @@ pub(super) async fn client(config: Config) -> Result<Client, Failure> {
 
 fn build(config: Config) -> Result<Client, Failure> {
     let plugin = config.auth_info.exec.clone();
-    let address = address(&config.cluster_url);
+    let address = route(&config);
     match ClientBuilder::try_from(config) {
         Ok(builder) => {
             let named = MapErrLayer::new(move |error| name_server(&address, error));
             Ok(builder.with_layer(&named).build())
         }
-        Err(error) => {
-            let failure = Failure::from(error);
-            Err(match plugin.and_then(|plugin| plugin.install_hint) {
-                Some(hint) => failure.hint(hint),
-                None => failure,
-            })
-        }
+        Err(kube::Error::Auth(AuthError::AuthExecStart(error))) => Err(not_started(plugin, error)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn not_started(plugin: Option<ExecConfig>, error: io::Error) -> Failure {
+    let plugin = plugin.unwrap_or_default();
+    let command = plugin.command.unwrap_or_default();
+    let install = plugin.install_hint.filter(|hint| !hint.trim().is_empty());
+    Failure::new(format!("the credential plugin {command} cannot be started"))
+        .because(error.to_string())
+        .hint(install.unwrap_or_else(|| format!("install {command}, or put it on PATH")))
+}
+
+/// The server, and the proxy before it without its credentials.
+fn route(config: &Config) -> String {
+    let server = address(&config.cluster_url);
+    match &config.proxy_url {
+        Some(proxy) => format!("{server} through the proxy {}", address(proxy)),
+        None => server,
     }
 }
 
@@ -86,6 +100,8 @@ fn about_credentials(error: &(dyn Error + 'static)) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use kube::config::ExecInteractiveMode;
+
     use super::*;
 
     #[test]
@@ -95,6 +111,57 @@ mod tests {
             address(&"https://[::1]:6443/x".parse().unwrap()),
             "[::1]:6443"
         );
+    }
+
+    #[tokio::test]
+    async fn a_proxy_is_named_without_its_password() {
+        let mut config = Config::new("https://127.0.0.1:6443".parse().unwrap());
+        config.proxy_url = Some("http://ada:secret@127.0.0.1:1".parse().unwrap());
+
+        let client = client(config).await.unwrap();
+        let failure = Failure::from(client.apiserver_version().await.unwrap_err());
+
+        assert_eq!(
+            failure.what,
+            "cannot reach the API server at 127.0.0.1:6443 through the proxy 127.0.0.1:1"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_missing_plugin_is_named_with_its_own_hint() {
+        let mut config = Config::new("https://127.0.0.1:1".parse().unwrap());
+        config.auth_info.exec = Some(ExecConfig {
+            command: Some("/nonexistent/plugin".into()),
+            install_hint: Some("get it from example.com".into()),
+            ..ExecConfig::default()
+        });
+
+        let failure = client(config).await.err().unwrap();
+
+        assert_eq!(
+            failure.what,
+            "the credential plugin /nonexistent/plugin cannot be started"
+        );
+        assert_eq!(failure.hint.as_deref(), Some("get it from example.com"));
+    }
+
+    #[tokio::test]
+    async fn a_plugin_that_fails_is_named_with_its_last_words() {
+        let mut config = Config::new("https://127.0.0.1:1".parse().unwrap());
+        config.auth_info.exec = Some(ExecConfig {
+            command: Some("sh".into()),
+            args: Some(vec![
+                "-c".into(),
+                "echo trace >&2; echo session expired >&2; exit 3".into(),
+            ]),
+            interactive_mode: Some(ExecInteractiveMode::Never),
+            ..ExecConfig::default()
+        });
+
+        let failure = client(config).await.err().unwrap();
+
+        assert_eq!(failure.what, "the credential plugin sh failed");
+        assert_eq!(failure.why, ["exit status: 3", "session expired"]);
     }
 
     #[tokio::test]

@@ -151,25 +151,19 @@ fn timed_out(error: &(dyn Error + 'static)) -> bool {
 }
 
 fn no_credentials(error: &AuthError) -> Failure {
-    let failure = Failure::new("cannot get credentials for the API server");
     if let AuthError::AuthExecRun { cmd, out } = error {
-        return failure
-            .because(format!(
-                "the credential plugin {} failed with {}",
-                program(cmd),
-                out.status
-            ))
+        return Failure::new(format!("the credential plugin {} failed", program(cmd)))
+            .because(out.status.to_string())
             .because_last_line(&out.stderr)
-            .hint("run the plugin's log-in command again");
+            .hint("log in again with the plugin's own command");
     }
     if let AuthError::AuthExecStart(io) = error {
-        return failure
-            .because("the kubeconfig's credential plugin cannot be started")
+        return Failure::new("the kubeconfig's credential plugin cannot be started")
             .because(io.to_string())
             .hint("install the program that `users[].user.exec.command` names, or put it on PATH");
     }
     // The others read well by themselves, and none has a cure that is ours to name.
-    failure.caused_by(error)
+    Failure::new("cannot get credentials for the API server").caused_by(error)
 }
 
 /// The program's name out of a command in `Debug` form, which begins with `KEY="value"` pairs that may be secret.
