@@ -1,5 +1,6 @@
 //! The workstation's end of a connection: opens flows and asks small questions.
 
+use std::fmt;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -53,6 +54,12 @@ pub struct Traffic {
 
 /// `None` while new flows are welcome, then why they are not.
 type State = Option<TunnelError>;
+
+impl fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tunnel").finish_non_exhaustive()
+    }
+}
 
 impl Tunnel {
     /// Speaks HTTP/2 over a secured carrier. Returns when the peer has answered a first ping, so its settings are known
@@ -259,6 +266,12 @@ impl Tunnel {
             (false, Some(cause)) => cause.into(),
             (true, _) | (false, None) => error.into(),
         })
+    }
+}
+
+impl fmt::Debug for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Driver").finish_non_exhaustive()
     }
 }
 

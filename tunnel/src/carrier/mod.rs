@@ -3,7 +3,10 @@
 pub mod tls;
 pub mod websocket;
 
+use std::io;
+
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 
 /// Anything HTTP/2 can run over.
 pub trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
@@ -12,3 +15,18 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> ByteStream for T {}
 
 /// A carrier whose kind does not matter any more.
 pub type BoxedStream = Box<dyn ByteStream>;
+
+/// Sets up a TCP socket that carries a connection, at either end.
+///
+/// Frames leave at once, and the kernel takes no more unsent bytes than one scheduler turn: what waits in the kernel
+/// cannot be overtaken by a small flow.
+pub fn tune(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    #[cfg(target_os = "linux")]
+    socket2::SockRef::from(tcp).set_tcp_notsent_lowat(UNSENT_MAX)?;
+    Ok(())
+}
+
+/// Unsent bytes in the kernel of one carrier.
+#[cfg(target_os = "linux")]
+const UNSENT_MAX: u32 = 128 * 1024;

@@ -3,6 +3,7 @@
 //! A datagram that cannot leave now is dropped, as a full queue on the way would do: waiting would only make it late.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
@@ -41,6 +42,12 @@ pub struct DatagramSender {
 pub struct DatagramReceiver {
     body: FlowReceiver,
     decoder: Decoder,
+}
+
+impl fmt::Debug for DatagramFlow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DatagramFlow").finish_non_exhaustive()
+    }
 }
 
 impl DatagramFlow {

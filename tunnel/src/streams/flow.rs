@@ -1,5 +1,6 @@
 //! One TCP flow on one HTTP/2 stream: END_STREAM is FIN, RST_STREAM is RST.
 
+use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -32,6 +33,12 @@ pub struct FlowSender {
 pub struct FlowReceiver {
     stream: RecvStream,
     link: Arc<Link>,
+}
+
+impl fmt::Debug for Flow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Flow").finish_non_exhaustive()
+    }
 }
 
 impl Flow {
