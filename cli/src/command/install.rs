@@ -85,10 +85,22 @@ pub(super) async fn make_it_so(
     settings: &Settings,
     within: Duration,
 ) -> Result<(), Failure> {
-    let generation = report::step("applying the manifests", apply::all(cluster, settings)).await?;
+    let applying = async {
+        let applied = tokio::time::timeout(within, apply::all(cluster, settings)).await;
+        applied.unwrap_or_else(|_| Err(too_slow(within)))
+    };
+    let generation = report::step("applying the manifests", applying).await?;
     let ready = rollout::wait(cluster, settings, generation, within);
     report::step("waiting until the manager works", ready).await?;
     Ok(())
+}
+
+fn too_slow(within: Duration) -> Failure {
+    let seconds = within.as_secs();
+    Failure::new(format!(
+        "the API server did not take the manifests within {seconds} s"
+    ))
+    .hint("an admission webhook may be slow or down; `--timeout` waits longer")
 }
 
 async fn prepare(cluster: &Cluster, settings: &mut Settings) -> Result<(), Failure> {

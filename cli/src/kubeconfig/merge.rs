@@ -23,7 +23,7 @@ pub(super) fn choose(selectors: &Selectors, files: Kubeconfig) -> Result<Chosen,
         context: name,
         namespace: context
             .namespace
-            .clone()
+            .filter(|namespace| !namespace.is_empty())
             .unwrap_or_else(|| "default".to_owned()),
         cluster,
         user,
