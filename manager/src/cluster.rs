@@ -1,0 +1,689 @@
+//! The watches: they keep the inventory and the session table as the API server has them.
+//!
+//! Objects are read with only the few fields that matter and put into our own maps, so a cluster of ten thousand pods
+//! costs a few megabytes. A watch that breaks starts over with a backoff; what it missed shows in the next list.
+
+use std::collections::{BTreeMap, HashSet};
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+use futures::StreamExt;
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ApiResource, ListParams, Object, PostParams};
+use kube::core::ObjectMeta;
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client};
+use serde::Deserialize;
+use tokio::sync::watch;
+use tp_manager_api::{MANAGER_NAME, Session};
+
+use crate::inventory::{Inventory, Node, Pod, Service};
+use crate::listen::chain;
+use crate::sessions::{ObjectName, SessionTable};
+
+/// The cluster as the watches see it.
+pub struct Cluster {
+    own_namespace: Arc<str>,
+    inventory: RwLock<Inventory>,
+    replicas: Mutex<BTreeMap<Arc<str>, Replica>>,
+    views: watch::Sender<u64>,
+    addresses: watch::Sender<()>,
+    ready_replicas: watch::Sender<Vec<String>>,
+    unsynced: watch::Sender<HashSet<&'static str>>,
+}
+
+/// One pod of the manager.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Replica {
+    ready: bool,
+    addresses: Vec<IpAddr>,
+}
+
+const WATCHED: [&str; 6] = [
+    "services",
+    "pods",
+    "nodes",
+    "namespaces",
+    "servicecidrs",
+    "sessions",
+];
+
+impl Cluster {
+    /// Empty until [`Self::watch`] runs. `own_namespace` is where the manager's own pods are.
+    pub fn new(own_namespace: Arc<str>) -> Self {
+        Self {
+            own_namespace,
+            inventory: RwLock::default(),
+            replicas: Mutex::default(),
+            views: watch::channel(0).0,
+            addresses: watch::channel(()).0,
+            ready_replicas: watch::channel(Vec::new()).0,
+            unsynced: watch::channel(HashSet::from(WATCHED)).0,
+        }
+    }
+
+    /// What is known now. Do not hold it across an await.
+    pub fn inventory(&self) -> RwLockReadGuard<'_, Inventory> {
+        self.inventory
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts the changes that a view may show.
+    pub fn view_changes(&self) -> watch::Receiver<u64> {
+        self.views.subscribe()
+    }
+
+    /// Names of the manager's ready pods, in order.
+    pub fn ready_replicas(&self) -> watch::Receiver<Vec<String>> {
+        self.ready_replicas.subscribe()
+    }
+
+    /// Whether every watch has shown a complete list.
+    pub fn is_synced(&self) -> bool {
+        self.unsynced.borrow().is_empty()
+    }
+
+    /// Resolves when [`Self::is_synced`].
+    pub async fn synced(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.unsynced.subscribe().wait_for(HashSet::is_empty).await;
+    }
+
+    /// The namespace of an address. One inside the cluster's ranges that nobody has yet may be a moment ahead of the
+    /// watch: then this waits up to a second for it.
+    pub async fn namespace_of(&self, address: IpAddr) -> Option<Arc<str>> {
+        let mut changed = self.addresses.subscribe();
+        let wait = async {
+            loop {
+                let (owner, inside) = {
+                    let inventory = self.inventory();
+                    (
+                        inventory.namespace_of(address),
+                        inventory.is_inside(address),
+                    )
+                };
+                if owner.is_some() || !inside || changed.changed().await.is_err() {
+                    return owner;
+                }
+            }
+        };
+        tokio::time::timeout(WATCH_LAG, wait).await.unwrap_or(None)
+    }
+
+    /// An address of one of the manager's pods or of its Service.
+    pub fn is_manager(&self, address: IpAddr) -> bool {
+        let service = (Arc::clone(&self.own_namespace), Arc::from(MANAGER_NAME));
+        let of_service = || {
+            self.inventory()
+                .service(&service)
+                .is_some_and(|own| own.addresses.contains(&address))
+        };
+        let replicas = self.replicas.lock().unwrap_or_else(PoisonError::into_inner);
+        replicas
+            .values()
+            .any(|replica| replica.addresses.contains(&address))
+            || of_service()
+    }
+
+    /// Watches for ever.
+    pub async fn watch(self: Arc<Self>, client: Client, sessions: Arc<SessionTable>) -> Infallible {
+        tokio::select! {
+            never = self.watch_services(client.clone()) => never,
+            never = self.watch_pods(client.clone()) => never,
+            never = self.watch_nodes(client.clone()) => never,
+            never = self.watch_namespaces(client.clone()) => never,
+            never = self.watch_ranges(client.clone()) => never,
+            never = self.watch_sessions(client, sessions) => never,
+        }
+    }
+
+    /// Changes the inventory, and tells those who wait.
+    fn update(&self, change: impl FnOnce(&mut Inventory) -> bool) {
+        let shown = change(
+            &mut self
+                .inventory
+                .write()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        self.addresses.send_replace(());
+        if shown {
+            self.views.send_modify(|version| *version += 1);
+        }
+    }
+
+    fn mark_synced(&self, what: &'static str) {
+        self.unsynced
+            .send_if_modified(|unsynced| unsynced.remove(what));
+    }
+
+    async fn watch_services(&self, client: Client) -> Infallible {
+        let resource = ApiResource::erase::<v1::Service>(&());
+        let api: Api<Object<ServiceFields, Empty>> = Api::all_with(client, &resource);
+        let mut unconfirmed = HashSet::new();
+        follow(
+            api,
+            "services",
+            watcher::Config::default(),
+            |change| match change {
+                Change::ListBegins => unconfirmed = self.inventory().service_names(),
+                Change::Written(service) => {
+                    let name = object_name(&service.metadata);
+                    unconfirmed.remove(&name);
+                    self.update(|inventory| {
+                        inventory.set_service(&name, Some(service.spec.read()))
+                    });
+                }
+                Change::Deleted(service) => {
+                    self.update(|inventory| {
+                        inventory.set_service(&object_name(&service.metadata), None)
+                    });
+                }
+                Change::ListEnds => {
+                    for name in unconfirmed.drain() {
+                        self.update(|inventory| inventory.set_service(&name, None));
+                    }
+                    self.mark_synced("services");
+                }
+            },
+        )
+        .await
+    }
+
+    async fn watch_pods(&self, client: Client) -> Infallible {
+        let resource = ApiResource::erase::<v1::Pod>(&());
+        let api: Api<Object<PodFields, PodStatus>> = Api::all_with(client, &resource);
+        // A pod that has ended keeps its address in its status, though another may have it by now.
+        let running =
+            watcher::Config::default().fields("status.phase!=Succeeded,status.phase!=Failed");
+        let mut unconfirmed = HashSet::new();
+        follow(api, "pods", running, |change| match change {
+            Change::ListBegins => unconfirmed = self.inventory().pod_names(),
+            Change::Written(pod) => {
+                let name = object_name(&pod.metadata);
+                unconfirmed.remove(&name);
+                self.set_replica(&name, replica(&pod));
+                self.update(|inventory| {
+                    inventory.set_pod(
+                        &name,
+                        Some(Pod {
+                            addresses: pod_addresses(&pod),
+                        }),
+                    )
+                });
+            }
+            Change::Deleted(pod) => self.forget_pod(&object_name(&pod.metadata)),
+            Change::ListEnds => {
+                for name in unconfirmed.drain() {
+                    self.forget_pod(&name);
+                }
+                self.mark_synced("pods");
+            }
+        })
+        .await
+    }
+
+    fn forget_pod(&self, name: &ObjectName) {
+        self.set_replica(name, None);
+        self.update(|inventory| inventory.set_pod(name, None));
+    }
+
+    fn set_replica(&self, name: &ObjectName, replica: Option<Replica>) {
+        if name.0 != self.own_namespace {
+            return;
+        }
+        let mut replicas = self.replicas.lock().unwrap_or_else(PoisonError::into_inner);
+        match replica {
+            Some(replica) => drop(replicas.insert(Arc::clone(&name.1), replica)),
+            None => drop(replicas.remove(&name.1)),
+        }
+        let ready = replicas
+            .iter()
+            .filter(|(_, replica)| replica.ready)
+            .map(|(name, _)| name.to_string())
+            .collect();
+        self.ready_replicas
+            .send_if_modified(|known| std::mem::replace(known, Vec::clone(&ready)) != ready);
+    }
+
+    async fn watch_nodes(&self, client: Client) -> Infallible {
+        let resource = ApiResource::erase::<v1::Node>(&());
+        let api: Api<Object<NodeFields, NodeStatus>> = Api::all_with(client, &resource);
+        let mut unconfirmed = HashSet::new();
+        follow(
+            api,
+            "nodes",
+            watcher::Config::default(),
+            |change| match change {
+                Change::ListBegins => unconfirmed = self.inventory().node_names(),
+                Change::Written(node) => {
+                    let name = object_name(&node.metadata).1;
+                    unconfirmed.remove(&name);
+                    self.update(|inventory| inventory.set_node(&name, Some(read_node(&node))));
+                }
+                Change::Deleted(node) => {
+                    self.update(|inventory| {
+                        inventory.set_node(&object_name(&node.metadata).1, None)
+                    });
+                }
+                Change::ListEnds => {
+                    for name in unconfirmed.drain() {
+                        self.update(|inventory| inventory.set_node(&name, None));
+                    }
+                    self.mark_synced("nodes");
+                }
+            },
+        )
+        .await
+    }
+
+    async fn watch_namespaces(&self, client: Client) -> Infallible {
+        let resource = ApiResource::erase::<v1::Namespace>(&());
+        let api: Api<Object<Empty, Empty>> = Api::all_with(client, &resource);
+        let mut unconfirmed = HashSet::new();
+        follow(
+            api,
+            "namespaces",
+            watcher::Config::default(),
+            |change| match change {
+                Change::ListBegins => {
+                    unconfirmed = self.inventory().namespaces().cloned().collect()
+                }
+                Change::Written(namespace) => {
+                    let name = object_name(&namespace.metadata).1;
+                    unconfirmed.remove(&name);
+                    self.update(|inventory| inventory.set_namespace(&name, true));
+                }
+                Change::Deleted(namespace) => {
+                    self.update(|inventory| {
+                        inventory.set_namespace(&object_name(&namespace.metadata).1, false)
+                    });
+                }
+                Change::ListEnds => {
+                    for name in unconfirmed.drain() {
+                        self.update(|inventory| inventory.set_namespace(&name, false));
+                    }
+                    self.mark_synced("namespaces");
+                }
+            },
+        )
+        .await
+    }
+
+    /// ServiceCIDR objects where the API server has them, else the range that it names when it refuses an address.
+    async fn watch_ranges(&self, client: Client) -> Infallible {
+        let api: Api<ServiceCIDR> = Api::all(client.clone());
+        match api.list(&ListParams::default().limit(1)).await {
+            Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => {
+                let ranges = discover_ranges(client, &self.own_namespace).await;
+                self.update(|inventory| inventory.set_service_ranges(&"discovered".into(), ranges));
+                self.mark_synced("servicecidrs");
+                std::future::pending().await
+            }
+            Ok(_) | Err(_) => self.watch_service_cidrs(api).await,
+        }
+    }
+
+    async fn watch_service_cidrs(&self, api: Api<ServiceCIDR>) -> Infallible {
+        let mut unconfirmed = HashSet::new();
+        follow(
+            api,
+            "servicecidrs",
+            watcher::Config::default(),
+            |change| match change {
+                Change::ListBegins => unconfirmed = self.inventory().service_range_sources(),
+                Change::Written(range) => {
+                    let name = object_name(&range.metadata).1;
+                    unconfirmed.remove(&name);
+                    let cidrs = range.spec.and_then(|spec| spec.cidrs).unwrap_or_default();
+                    let ranges = cidrs.iter().filter_map(|cidr| cidr.parse().ok()).collect();
+                    self.update(|inventory| inventory.set_service_ranges(&name, ranges));
+                }
+                Change::Deleted(range) => {
+                    let name = object_name(&range.metadata).1;
+                    self.update(|inventory| inventory.set_service_ranges(&name, Vec::new()));
+                }
+                Change::ListEnds => {
+                    for name in unconfirmed.drain() {
+                        self.update(|inventory| inventory.set_service_ranges(&name, Vec::new()));
+                    }
+                    self.mark_synced("servicecidrs");
+                }
+            },
+        )
+        .await
+    }
+
+    async fn watch_sessions(&self, client: Client, table: Arc<SessionTable>) -> Infallible {
+        follow(
+            Api::<Session>::all(client),
+            "sessions",
+            watcher::Config::default(),
+            |change| match change {
+                Change::ListBegins => table.begin_list(),
+                Change::Written(session) => table.apply(&session, Timestamp::now()),
+                Change::Deleted(session) => table.delete(&session),
+                Change::ListEnds => {
+                    table.end_list();
+                    self.mark_synced("sessions");
+                }
+            },
+        )
+        .await
+    }
+}
+
+/// How far a watch may be behind a DNS answer.
+const WATCH_LAG: Duration = Duration::from_secs(1);
+
+enum Change<K> {
+    ListBegins,
+    Written(K),
+    Deleted(K),
+    ListEnds,
+}
+
+/// Feeds `on` for ever. Errors are logged and the watch goes on after a backoff.
+async fn follow<K>(
+    api: Api<K>,
+    what: &'static str,
+    config: watcher::Config,
+    mut on: impl FnMut(Change<K>),
+) -> Infallible
+where
+    K: kube::Resource + Clone + std::fmt::Debug + Send + serde::de::DeserializeOwned + 'static,
+{
+    let mut events = std::pin::pin!(watcher(api, config.page_size(PAGE)).default_backoff());
+    loop {
+        match events.next().await {
+            Some(Ok(watcher::Event::Init)) => on(Change::ListBegins),
+            Some(Ok(watcher::Event::InitApply(object) | watcher::Event::Apply(object))) => {
+                on(Change::Written(object))
+            }
+            Some(Ok(watcher::Event::Delete(object))) => on(Change::Deleted(object)),
+            Some(Ok(watcher::Event::InitDone)) => on(Change::ListEnds),
+            Some(Err(error)) => tracing::warn!(what, error = chain(&error), "watch interrupted"),
+            None => tokio::time::sleep(Duration::from_secs(1)).await,
+        }
+    }
+}
+
+/// Objects a list page holds: all of it is in memory at once.
+const PAGE: u32 = 100;
+
+fn object_name(metadata: &ObjectMeta) -> ObjectName {
+    (
+        metadata.namespace.as_deref().unwrap_or_default().into(),
+        metadata.name.as_deref().unwrap_or_default().into(),
+    )
+}
+
+/// Spec or status of which nothing is read.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Empty {}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ServiceFields {
+    #[serde(default)]
+    cluster_ip: Option<String>,
+    #[serde(default, rename = "clusterIPs")]
+    cluster_ips: Vec<String>,
+    #[serde(default, rename = "type")]
+    kind: Option<String>,
+}
+
+impl ServiceFields {
+    /// A headless Service has the word `None` for an address.
+    fn read(&self) -> Service {
+        let mut addresses: Vec<IpAddr> = self
+            .cluster_ip
+            .iter()
+            .chain(&self.cluster_ips)
+            .filter_map(|text| text.parse().ok())
+            .collect();
+        addresses.dedup();
+        Service {
+            addresses,
+            external_name: self.kind.as_deref() == Some("ExternalName"),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PodFields {
+    #[serde(default)]
+    host_network: bool,
+    #[serde(default)]
+    service_account_name: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct PodStatus {
+    #[serde(default, rename = "podIPs")]
+    pod_ips: Vec<PodAddress>,
+    #[serde(default)]
+    conditions: Vec<Condition>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct PodAddress {
+    ip: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
+}
+
+/// A pod on its node's network has the node's addresses: they are not its namespace's.
+fn pod_addresses(pod: &Object<PodFields, PodStatus>) -> Vec<IpAddr> {
+    match &pod.status {
+        Some(status) if !pod.spec.host_network => status
+            .pod_ips
+            .iter()
+            .filter_map(|address| address.ip.parse().ok())
+            .collect(),
+        Some(_) | None => Vec::new(),
+    }
+}
+
+fn replica(pod: &Object<PodFields, PodStatus>) -> Option<Replica> {
+    let own = pod.spec.service_account_name.as_deref() == Some(MANAGER_NAME);
+    let conditions = pod.status.iter().flat_map(|status| &status.conditions);
+    let ready = pod.metadata.deletion_timestamp.is_none()
+        && conditions
+            .clone()
+            .any(|condition| condition.kind == "Ready" && condition.status == "True");
+    own.then(|| Replica {
+        ready,
+        addresses: pod_addresses(pod),
+    })
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct NodeFields {
+    #[serde(default, rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    #[serde(default, rename = "podCIDRs")]
+    pod_cidrs: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct NodeStatus {
+    #[serde(default)]
+    addresses: Vec<NodeAddress>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct NodeAddress {
+    address: String,
+}
+
+fn read_node(node: &Object<NodeFields, NodeStatus>) -> Node {
+    let addresses = node.status.iter().flat_map(|status| &status.addresses);
+    let mut pod_ranges: Vec<IpNet> = node
+        .spec
+        .pod_cidr
+        .iter()
+        .chain(&node.spec.pod_cidrs)
+        .filter_map(|text| text.parse().ok())
+        .collect();
+    pod_ranges.dedup();
+    Node {
+        addresses: addresses
+            .filter_map(|address| address.address.parse().ok())
+            .collect(),
+        pod_ranges,
+    }
+}
+
+/// Asks for a Service with an address that no cluster hands out, as a dry run, and reads the range in the refusal.
+async fn discover_ranges(client: Client, namespace: &str) -> Vec<IpNet> {
+    let probe: v1::Service = serde_json::from_value(serde_json::json!({
+        "metadata": { "name": "tp-range-probe" },
+        "spec": { "clusterIP": "192.0.2.1", "ports": [{ "port": 1 }] },
+    }))
+    .expect("a constant of the right shape");
+    let dry_run = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    match Api::<v1::Service>::namespaced(client, namespace)
+        .create(&dry_run, &probe)
+        .await
+    {
+        Err(kube::Error::Api(status)) => ranges_in(&status.message),
+        Ok(_) => Vec::new(),
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "the range of Services is unknown");
+            Vec::new()
+        }
+    }
+}
+
+/// `… The range of valid IPs is 10.96.0.0/16`, one or two ranges.
+fn ranges_in(message: &str) -> Vec<IpNet> {
+    let named = message
+        .split_once("range of valid IPs is ")
+        .map_or("", |(_, rest)| rest);
+    let words = named.split(|c: char| c.is_whitespace() || c == ',');
+    words
+        .filter_map(|word| word.trim_end_matches('.').parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_refusal_names_the_range() {
+        let refusal = "Service \"tp-range-probe\" is invalid: spec.clusterIPs: Invalid value: [\"192.0.2.1\"]: failed to \
+                       allocate IP 192.0.2.1: the provided IP (192.0.2.1) is not in the valid range. The range of valid \
+                       IPs is 10.96.0.0/16";
+
+        assert_eq!(
+            ranges_in(refusal),
+            ["10.96.0.0/16".parse::<IpNet>().unwrap()]
+        );
+        assert!(ranges_in("services is forbidden").is_empty());
+    }
+
+    #[test]
+    fn a_pod_on_the_nodes_network_has_no_address_of_its_own() {
+        let pod = |host_network: bool| -> Object<PodFields, PodStatus> {
+            serde_json::from_value(serde_json::json!({
+                "metadata": { "name": "x", "namespace": "shop" },
+                "spec": { "hostNetwork": host_network, "serviceAccountName": "tp-manager", "containers": [] },
+                "status": { "podIP": "10.244.0.7", "podIPs": [{ "ip": "10.244.0.7" }],
+                            "conditions": [{ "type": "Ready", "status": "True" }] },
+            }))
+            .unwrap()
+        };
+
+        assert_eq!(pod_addresses(&pod(false)).len(), 1);
+        assert!(pod_addresses(&pod(true)).is_empty());
+        assert!(replica(&pod(false)).unwrap().ready);
+    }
+
+    #[test]
+    fn headless_and_external_services_have_no_address() {
+        let service = |text: &str| serde_json::from_str::<ServiceFields>(text).unwrap().read();
+
+        assert!(
+            service(r#"{"clusterIP":"None","clusterIPs":["None"],"type":"ClusterIP"}"#)
+                .addresses
+                .is_empty()
+        );
+        assert!(service(r#"{"type":"ExternalName","externalName":"db.example"}"#).external_name);
+        assert_eq!(
+            service(r#"{"clusterIP":"10.96.0.5","clusterIPs":["10.96.0.5","fd00::5"]}"#)
+                .addresses
+                .len(),
+            2
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_a_moment_ahead_of_the_watch_is_waited_for() {
+        let cluster = Arc::new(Cluster::new("tp-system".into()));
+        cluster.update(|inventory| {
+            inventory.set_service_ranges(&"x".into(), vec!["10.96.0.0/16".parse().unwrap()])
+        });
+        let writer = Arc::clone(&cluster);
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let service = Service {
+                addresses: vec!["10.96.0.9".parse().unwrap()],
+                external_name: false,
+            };
+            writer.update(|inventory| {
+                inventory.set_service(&("shop".into(), "new".into()), Some(service))
+            });
+        });
+
+        assert_eq!(
+            cluster
+                .namespace_of("10.96.0.9".parse().unwrap())
+                .await
+                .as_deref(),
+            Some("shop")
+        );
+        assert_eq!(
+            cluster.namespace_of("10.96.0.10".parse().unwrap()).await,
+            None
+        );
+        assert_eq!(
+            cluster.namespace_of("192.0.2.9".parse().unwrap()).await,
+            None
+        );
+    }
+
+    #[test]
+    fn ready_replicas_are_our_own_pods_only() {
+        let cluster = Cluster::new("tp-system".into());
+        let ready = || {
+            Some(Replica {
+                ready: true,
+                addresses: vec!["10.244.0.3".parse().unwrap()],
+            })
+        };
+
+        cluster.set_replica(&("tp-system".into(), "tp-manager-1".into()), ready());
+        cluster.set_replica(&("shop".into(), "impostor".into()), ready());
+
+        assert_eq!(*cluster.ready_replicas().borrow(), ["tp-manager-1"]);
+        assert!(cluster.is_manager("10.244.0.3".parse().unwrap()));
+        cluster.set_replica(&("tp-system".into(), "tp-manager-1".into()), None);
+        assert!(cluster.ready_replicas().borrow().is_empty());
+    }
+}

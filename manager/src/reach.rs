@@ -1,0 +1,344 @@
+//! What one Session may reach and see in a cluster, and when that ends.
+//!
+//! An address belongs to a namespace or to none; the former asks for the right to that namespace, the latter for the
+//! right to leave the cluster. Rights that were used are asked for again while the session is connected: when one is
+//! gone the connection is cut, since flows that stood on it are somewhere among the others.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use k8s_openapi::api::authorization::v1::{
+    ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec,
+};
+use kube::api::PostParams;
+use kube::{Api, Client};
+use tp_manager_api::cluster_view::ManagerInfo;
+use tp_manager_api::{ClusterView, GROUP, PROTOCOL};
+
+use crate::cluster::Cluster;
+use crate::dial::refuse::Surroundings;
+use crate::dial::rights::{Reviewer, Right, Rights, Unavailable, User};
+use crate::dial::{Destination, Reach};
+use crate::listen::chain;
+use crate::service::{Views, with_version};
+use crate::sessions::LiveSession;
+
+/// What does not differ between sessions.
+pub struct Town {
+    /// The cluster as watched.
+    pub cluster: Arc<Cluster>,
+    /// Answers of RBAC.
+    pub rights: Rights,
+    /// Addresses of this pod.
+    pub own_addresses: Vec<IpAddr>,
+    /// Nameservers of this pod.
+    pub nameservers: Vec<IpAddr>,
+    /// Cluster domain.
+    pub domain: String,
+    /// Name of this pod.
+    pub replica: Arc<str>,
+}
+
+impl Surroundings for Town {
+    fn is_nameserver(&self, address: IpAddr) -> bool {
+        self.nameservers.contains(&address)
+    }
+
+    fn is_node(&self, address: IpAddr) -> bool {
+        self.cluster.inventory().is_node(address)
+    }
+
+    fn is_manager(&self, address: IpAddr, _port: u16) -> bool {
+        self.own_addresses.contains(&address) || self.cluster.is_manager(address)
+    }
+}
+
+/// The reach of one connection.
+pub struct SessionReach {
+    town: Arc<Town>,
+    session: Arc<LiveSession>,
+    used: Mutex<BTreeSet<Right>>,
+}
+
+impl SessionReach {
+    /// For one connection of `session`.
+    pub fn new(town: Arc<Town>, session: Arc<LiveSession>) -> Self {
+        let own = Right::Namespace(Arc::clone(&session.namespace));
+        Self {
+            town,
+            session,
+            used: Mutex::new(BTreeSet::from([own])),
+        }
+    }
+
+    /// Whether the user still has the right that the Session itself stood on when it was created.
+    pub async fn check_session(&self) -> Result<(), String> {
+        self.require(Right::Namespace(Arc::clone(&self.session.namespace)))
+            .await
+    }
+
+    /// Resolves with the reason when a right that this connection used is gone, at most a minute after that.
+    pub async fn revoked(&self) -> String {
+        loop {
+            tokio::time::sleep(RECHECK).await;
+            let used = self.used().clone();
+            for right in used {
+                let still = self
+                    .town
+                    .rights
+                    .allows_within(&self.session.user, &right, RECHECK / 2)
+                    .await;
+                if matches!(still, Ok(false)) {
+                    return self.refusal(&right);
+                }
+            }
+        }
+    }
+
+    async fn require(&self, right: Right) -> Result<(), String> {
+        match self.town.rights.allows(&self.session.user, &right).await {
+            Ok(true) => {
+                self.used().insert(right);
+                Ok(())
+            }
+            Ok(false) => Err(self.refusal(&right)),
+            // The API server checked it when it took the Session.
+            Err(_) if right == Right::Namespace(Arc::clone(&self.session.namespace)) => Ok(()),
+            Err(error) => Err(format!("{}: {error}", self.refusal(&right))),
+        }
+    }
+
+    fn refusal(&self, right: &Right) -> String {
+        format!("user {:?} may not {right}", self.session.user.name)
+    }
+
+    fn used(&self) -> std::sync::MutexGuard<'_, BTreeSet<Right>> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The right that a destination needs.
+    async fn needs(&self, destination: &Destination) -> Right {
+        if let Some(namespace) = self.town.cluster.namespace_of(destination.address).await {
+            return Right::Namespace(namespace);
+        }
+        match destination
+            .name
+            .as_deref()
+            .and_then(|name| self.alias_in(name))
+        {
+            Some(namespace) => Right::Namespace(namespace),
+            None => Right::Egress(Arc::clone(&self.session.namespace)),
+        }
+    }
+
+    /// The namespace of an ExternalName Service: who may write those decides where they lead.
+    fn alias_in(&self, name: &str) -> Option<Arc<str>> {
+        let (service, rest) = name.split_once('.')?;
+        let (namespace, rest) = rest.split_once('.')?;
+        let domain = rest.strip_prefix("svc.")?;
+        let name = (Arc::from(namespace), Arc::from(service));
+        let alias = self
+            .town
+            .cluster
+            .inventory()
+            .service(&name)
+            .is_some_and(|service| service.external_name);
+        (alias && domain == self.town.domain).then_some(name.0)
+    }
+}
+
+/// Two of these pass before a flow is cut at the latest.
+const RECHECK: Duration = Duration::from_secs(25);
+
+impl Reach for SessionReach {
+    fn surroundings(&self) -> &dyn Surroundings {
+        &*self.town
+    }
+
+    fn namespace(&self) -> Option<&str> {
+        Some(&self.session.namespace)
+    }
+
+    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(async move {
+            let right = self.needs(destination).await;
+            self.require(right)
+                .await
+                .map_err(|refusal| match &destination.name {
+                    Some(name) => format!("{name}: {refusal}"),
+                    None => format!("{}: {refusal}", destination.address),
+                })
+        })
+    }
+}
+
+/// The view of one connection.
+pub struct SessionViews {
+    town: Arc<Town>,
+    session: Arc<LiveSession>,
+    seen: AtomicU64,
+}
+
+impl SessionViews {
+    /// For one connection of `session`.
+    pub fn new(town: Arc<Town>, session: Arc<LiveSession>) -> Self {
+        Self {
+            town,
+            session,
+            seen: AtomicU64::new(0),
+        }
+    }
+
+    /// The namespaces this user reaches, as far as RBAC answers within a moment; the rest shows in a later view.
+    async fn namespaces(&self) -> Vec<Arc<str>> {
+        let all: Vec<Arc<str>> = self
+            .town
+            .cluster
+            .inventory()
+            .namespaces()
+            .cloned()
+            .collect();
+        let age =
+            Rights::KEPT * u32::try_from(all.len() / NAMESPACES_A_MINUTE + 1).unwrap_or(u32::MAX);
+        let survey = async {
+            if self.has(Right::EveryNamespace, age).await {
+                return;
+            }
+            let questions = futures::stream::iter(all.clone());
+            questions
+                .for_each_concurrent(16, async |namespace| {
+                    self.has(Right::Namespace(namespace), age).await;
+                })
+                .await;
+        };
+        let _ = tokio::time::timeout(SURVEY, survey).await;
+        let knows = |right| self.town.rights.remembered(&self.session.user, &right) == Some(true);
+        if knows(Right::EveryNamespace) {
+            return all;
+        }
+        let reached = |namespace: &Arc<str>| {
+            *namespace == self.session.namespace || knows(Right::Namespace(Arc::clone(namespace)))
+        };
+        all.into_iter().filter(reached).collect()
+    }
+
+    async fn has(&self, right: Right, age: Duration) -> bool {
+        self.town
+            .rights
+            .allows_within(&self.session.user, &right, age)
+            .await
+            .unwrap_or(false)
+    }
+}
+
+/// How long a view waits for RBAC.
+const SURVEY: Duration = Duration::from_millis(300);
+
+/// Bounds how often one user's view asks RBAC about namespaces it already asked about.
+const NAMESPACES_A_MINUTE: usize = 60;
+
+/// Rights change without an event.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
+
+/// Several changes close together make one view.
+const SETTLE: Duration = Duration::from_millis(100);
+
+impl Views for SessionViews {
+    fn view(&self) -> BoxFuture<'_, ClusterView> {
+        Box::pin(async move {
+            self.seen
+                .store(*self.town.cluster.view_changes().borrow(), Relaxed);
+            let reached = self.namespaces().await;
+            let inventory = self.town.cluster.inventory();
+            let services: BTreeMap<String, Vec<String>> = reached
+                .iter()
+                .map(|namespace| (namespace.to_string(), inventory.services_of(namespace)))
+                .filter(|(_, names)| !names.is_empty())
+                .collect();
+            with_version(ClusterView {
+                version: 0,
+                protocol: PROTOCOL,
+                manager: ManagerInfo {
+                    name: self.town.replica.to_string(),
+                    version: env!("CARGO_PKG_VERSION").to_owned(),
+                },
+                namespace: self.session.namespace.to_string(),
+                domain: self.town.domain.clone(),
+                service_ranges: inventory.service_ranges(),
+                pod_ranges: inventory.pod_ranges(),
+                namespaces: reached.iter().map(ToString::to_string).collect(),
+                services,
+                suffixes: Vec::new(),
+                everything: false,
+            })
+        })
+    }
+
+    fn changed(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let seen = self.seen.load(Relaxed);
+            let mut changes = self.town.cluster.view_changes();
+            let change = changes.wait_for(|version| *version != seen);
+            if tokio::time::timeout(LOOK_AGAIN, change).await.is_ok() {
+                tokio::time::sleep(SETTLE).await;
+            }
+        })
+    }
+}
+
+/// Asks the API server by SubjectAccessReview.
+pub struct KubeReviewer {
+    /// As the manager's account.
+    pub client: Client,
+}
+
+/// For one review.
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(3);
+
+impl Reviewer for KubeReviewer {
+    fn review<'a>(
+        &'a self,
+        user: &'a User,
+        right: &'a Right,
+    ) -> BoxFuture<'a, Result<bool, Unavailable>> {
+        Box::pin(async move {
+            let (resource, subresource) = right.resource();
+            let review = SubjectAccessReview {
+                spec: SubjectAccessReviewSpec {
+                    user: Some(user.name.clone()),
+                    groups: Some(user.groups.clone()),
+                    resource_attributes: Some(ResourceAttributes {
+                        verb: Some("create".to_owned()),
+                        group: Some(GROUP.to_owned()),
+                        resource: Some(resource.to_owned()),
+                        subresource: subresource.map(str::to_owned),
+                        namespace: Some(right.namespace().to_owned()),
+                        ..ResourceAttributes::default()
+                    }),
+                    ..SubjectAccessReviewSpec::default()
+                },
+                ..SubjectAccessReview::default()
+            };
+            review_access(self.client.clone(), review).await
+        })
+    }
+}
+
+/// Sends a review and reads its verdict.
+pub(crate) async fn review_access(
+    client: Client,
+    review: SubjectAccessReview,
+) -> Result<bool, Unavailable> {
+    let api = Api::<SubjectAccessReview>::all(client);
+    let params = PostParams::default();
+    match tokio::time::timeout(REVIEW_TIMEOUT, api.create(&params, &review)).await {
+        Ok(Ok(review)) => Ok(review.status.is_some_and(|status| status.allowed)),
+        Ok(Err(error)) => Err(Unavailable(chain(&error))),
+        Err(_) => Err(Unavailable("no answer within 3 s".to_owned())),
+    }
+}
