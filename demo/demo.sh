@@ -63,8 +63,7 @@ try curl --silent --show-error --max-time 2 http://10.20.0.10/
 [ "$code" != 0 ] || fail "the workstation must not reach the service by itself"
 
 say "3. A manager inside that network. It lets in the keys that are listed, and shows its own key's hash."
-"${user[@]}" tp key new "$folder/home/key.pem" >/dev/null
-"${user[@]}" tp key show "$folder/home/key.pem" | grep -o 'sha256:[0-9a-f]*' > authorized-keys
+"${user[@]}" tp key new --file "$folder/home/key.pem" > authorized-keys
 in_shop "$bin/tp-manager" --standalone --listen 192.0.2.2:8443 --key "$folder/manager.pem" --authorized-keys "$folder/authorized-keys" \
   --suffix shop.internal --range 10.20.0.0/24 >manager.log 2>&1 &
 for _ in $(seq 100); do manager_key=$(grep -o 'sha256:[0-9a-f]\{64\}' manager.log | head -1) && break; sleep .05; done

@@ -143,9 +143,29 @@ impl Cluster {
             .collect();
         let format = "jsonpath={range .items[*]}{.kind}/{.metadata.namespace}/{.metadata.name}{\"\\n\"}{end}";
         let list = self.kubectl(&["get", "--all-namespaces", &kinds.join(","), "-o", format]);
-        let mut objects: Vec<String> = list.lines().map(str::to_owned).collect();
+        let terminating = self.terminating_namespaces();
+        let of_another_test = |line: &&str| {
+            let mut parts = line.split('/').skip(1);
+            let (namespace, name) = (parts.next(), parts.next());
+            terminating
+                .iter()
+                .any(|gone| namespace == Some(gone) || name == Some(gone))
+        };
+        let mut objects: Vec<String> = list
+            .lines()
+            .filter(|line| !of_another_test(line))
+            .map(str::to_owned)
+            .collect();
         objects.sort();
         objects
+    }
+
+    /// Namespaces that earlier tests deleted and that are still on their way out.
+    fn terminating_namespaces(&self) -> Vec<String> {
+        let path =
+            "jsonpath={range .items[?(@.status.phase=='Terminating')]}{.metadata.name} {end}";
+        let names = self.kubectl(&["get", "namespaces", "-o", path]);
+        names.split_whitespace().map(str::to_owned).collect()
     }
 }
 
