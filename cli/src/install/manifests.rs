@@ -217,7 +217,8 @@ pub fn pod_fields() -> Value {
     json!([
         field("POD_NAME", "metadata.name"),
         field("POD_NAMESPACE", "metadata.namespace"),
-        field("POD_IP", "status.podIP"),
+        // All of them, separated by commas, where pods have two.
+        field("POD_IP", "status.podIPs"),
     ])
 }
 

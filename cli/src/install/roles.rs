@@ -63,14 +63,16 @@ pub(super) fn for_manager(settings: &Settings) -> Vec<Value> {
     ]
 }
 
-/// What the manager looks at everywhere. It reads no Secret, no pod's environment through exec, and writes nothing
-/// but the status of Sessions.
-fn manager_rules() -> [Value; 5] {
+/// What the manager looks at everywhere. It reads no Secret, and writes nothing but the status of Sessions; those that
+/// have long expired it removes, for workstations that never came back to do so.
+fn manager_rules() -> [Value; 7] {
     let look = ["get", "list", "watch"];
     [
         rule("", &["services", "pods", "namespaces", "nodes"], &look),
         rule(GROUP, &[SESSIONS], &look),
         rule(GROUP, &[&sub("status")], &["patch", "update"]),
+        rule(GROUP, &[SESSIONS], &["delete"]),
+        rule(GROUP, &[&sub(OTHERS)], &["delete"]),
         rule("networking.k8s.io", &["servicecidrs"], &look),
         json!({
             "apiGroups": ["authorization.k8s.io", "authentication.k8s.io"],
@@ -197,6 +199,17 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn the_manager_removes_sessions_and_makes_none() {
+        let manager = &for_manager(&Settings::default())[0];
+
+        assert!(
+            allows(manager, "sessions", "delete") && allows(manager, "sessions/others", "delete")
+        );
+        assert!(allows(manager, "sessions/status", "patch"));
+        assert!(!allows(manager, "sessions", "create") && !allows(manager, "sessions", "patch"));
     }
 
     #[test]
