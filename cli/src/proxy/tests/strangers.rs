@@ -1,0 +1,105 @@
+//! Clients that speak nothing, garbage, or half of something.
+
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncWriteExt as _;
+
+use super::rig::{Rig, echo, quick, read_to_end};
+
+#[tokio::test]
+async fn silent_and_slow_handshakes_are_closed_in_time_and_others_are_served() {
+    let mut rig = Rig::with(quick()).await;
+    rig.server("web:80", super::http::hello).await;
+    let beginnings: [&[u8]; 6] = [
+        b"",
+        b"\x05",
+        b"\x05\x01\x00\x05\x01\x00\x03\x10half",
+        b"GET http://web/ HTTP/1.1\r\nHost: w",
+        b"CONNECT web:8",
+        b"\x05\x02\x00",
+    ];
+    let start = Instant::now();
+    let mut clients = Vec::new();
+    for beginning in beginnings {
+        let mut client = rig.client().await;
+        client.write_all(beginning).await.unwrap();
+        clients.push(client);
+    }
+
+    let page = rig.curl("http://", &["http://web/"]).await.text();
+
+    assert_eq!(page, "GET / for web");
+    for (client, beginning) in clients.iter_mut().zip(beginnings) {
+        let answer = read_to_end(client).await;
+        assert!(answer.len() <= 2, "{beginning:?}: {answer:?}");
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn a_client_that_drips_bytes_does_not_win_time() {
+    let rig = Rig::with(quick()).await;
+    let mut client = rig.client().await;
+    let start = Instant::now();
+    let head = b"GET http://web/ HTTP/1.1\r\nX: "
+        .iter()
+        .chain(std::iter::repeat_n(&b'a', 10_000));
+    for byte in head {
+        if client.write_all(&[*byte]).await.is_err() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn garbage_is_answered_or_closed_at_once_and_nothing_else_suffers() {
+    let mut rig = Rig::start().await;
+    rig.server("web:7", echo).await;
+    let start = Instant::now();
+    let garbage: [&[u8]; 6] = [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"\x00\x00\x00\x00",
+        b"\xff\xff\xff\xff",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"GET\0\0\0\0",
+        b"\r\n\r\n\r\n",
+    ];
+    for bytes in garbage {
+        let answer = rig.say(bytes).await;
+        assert!(
+            answer.starts_with(b"HTTP/1.1 400 "),
+            "{bytes:?}: {:?}",
+            String::from_utf8_lossy(&answer)
+        );
+    }
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn a_flood_of_silent_connections_does_not_keep_others_out() {
+    let mut rig = Rig::start().await;
+    rig.server("web:80", super::http::hello).await;
+    let mut silent = Vec::new();
+    for _ in 0..1500 {
+        silent.push(rig.client().await);
+    }
+
+    let page = rig.curl("http://", &["http://web/"]).await.text();
+
+    assert_eq!(page, "GET / for web");
+    assert_eq!(
+        read_to_end(&mut silent[0]).await,
+        b"",
+        "the oldest gave way"
+    );
+}
