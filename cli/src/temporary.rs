@@ -15,11 +15,14 @@ use kube::runtime::watcher;
 use serde_json::{Value, json};
 use tp_tunnel::KeyHash;
 
+use crate::install::diagnose::{self, Trouble};
 use crate::install::scene::{Scene, Verdict, Watching};
-use crate::install::{diagnose, manifests, rollout};
+use crate::install::{manifests, rollout};
 use crate::kubeconfig::Cluster;
 use crate::report::{Failure, OrFail};
 
+/// A Job's pod is made at once or, where it is refused, not at all; who may not read events learns no more.
+const MADE_WITHIN: Duration = Duration::from_secs(10);
 /// Pulling the image is most of it.
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
 /// The key is the first thing that the manager says.
@@ -106,6 +109,14 @@ async fn running(
             watcher::Config::default(),
         );
     match watching
+        .until(MADE_WITHIN, |scene| made(scene, job))
+        .await?
+    {
+        Some(Ok(())) => {}
+        Some(Err(trouble)) => return Err(explained(cluster, namespace, &trouble).await),
+        None => return Err(not_made(namespace)),
+    }
+    match watching
         .until(STARTED_WITHIN, |scene| look(scene, job))
         .await?
     {
@@ -113,9 +124,49 @@ async fn running(
             let key_hash = key_of(cluster, namespace, &pod).await?;
             Ok((pod, key_hash))
         }
-        Some(Err(trouble)) => Err(rollout::explain(cluster, namespace, &trouble).await),
-        None => Err(not_in_time(watching.scene())),
+        Some(Err(trouble)) => Err(explained(cluster, namespace, &trouble).await),
+        None => Err(not_running(namespace)),
     }
+}
+
+fn not_made(namespace: &str) -> Failure {
+    Failure::new(format!(
+        "no pod was made within {} s",
+        MADE_WITHIN.as_secs()
+    ))
+    .hint(format!(
+        "does a quota or a webhook refuse it? see `kubectl get events -n {namespace}`"
+    ))
+}
+
+fn not_running(namespace: &str) -> Failure {
+    Failure::new(format!(
+        "its pod did not run within {} s",
+        STARTED_WITHIN.as_secs()
+    ))
+    .hint(format!("`kubectl get events -n {namespace}` may say why"))
+}
+
+async fn explained(cluster: &Cluster, namespace: &str, trouble: &Trouble) -> Failure {
+    let failure = rollout::explain(cluster, namespace, trouble).await;
+    match trouble {
+        Trouble::Image { .. } => failure.hint("name another with `--image`"),
+        Trouble::Architecture { .. }
+        | Trouble::Crash { .. }
+        | Trouble::Start { .. }
+        | Trouble::Refused { .. }
+        | Trouble::Unschedulable { .. }
+        | Trouble::Node { .. }
+        | Trouble::Lost { .. } => failure,
+    }
+}
+
+fn made(scene: &Scene, job: &str) -> Verdict<()> {
+    if scene.pods.is_empty() {
+        let trouble = diagnose::of_creation(job, scene.events.values());
+        return trouble.map_or(Verdict::Wait, Verdict::Trouble);
+    }
+    Verdict::Done(())
 }
 
 fn look(scene: &Scene, job: &str) -> Verdict<String> {
@@ -138,19 +189,6 @@ fn is_running(pod: &Pod) -> bool {
         .flatten()
         .filter_map(|status| status.state.as_ref());
     states.into_iter().any(|state| state.running.is_some())
-}
-
-fn not_in_time(scene: &Scene) -> Failure {
-    let failure = Failure::new(format!(
-        "its pod did not run within {} s",
-        STARTED_WITHIN.as_secs()
-    ));
-    if scene.pods.is_empty() {
-        return failure
-            .because("no pod was made")
-            .hint("does a quota or a webhook refuse pods? see `kubectl get events`");
-    }
-    failure.hint("`kubectl get events` in that namespace may say why")
 }
 
 /// Follows the log up to the line that names the key.
@@ -281,6 +319,10 @@ mod tests {
             look(&scene, "tp-temporary-1"),
             Verdict::Trouble(_)
         ));
-        assert!(matches!(look(&scene, "tp-temporary-2"), Verdict::Wait));
+        assert!(matches!(
+            made(&scene, "tp-temporary-1"),
+            Verdict::Trouble(_)
+        ));
+        assert!(matches!(made(&scene, "tp-temporary-2"), Verdict::Wait));
     }
 }
