@@ -119,14 +119,17 @@ fn upgraded(report: &Upgraded<'_>) -> String {
         ..
     } = &report.now;
     let replicas = report::counted(*replicas, "replica");
-    let from = report.from_version;
+    let versions = match report.from_version {
+        from if from == *version => from.to_owned(),
+        from => format!("{from} -> {version}"),
+    };
     let image = if report.from_image == *image {
         format!("{image} as before")
     } else {
         format!("{image} (was {})", report.from_image)
     };
     format!(
-        "tp {from} -> {version} in namespace {namespace}: {replicas} of {image} ({seconds:.1} s)\n"
+        "tp {versions} works in namespace {namespace}: {replicas} of {image} ({seconds:.1} s)\n"
     )
 }
 

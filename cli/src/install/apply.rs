@@ -175,13 +175,17 @@ async fn one(client: &Client, object: &Value, rehearsal: bool) -> Result<Dynamic
 }
 
 fn refused(error: kube::Error, object: &Value) -> Failure {
-    let denied = is_denial(&error);
-    let failure = Failure::from(error);
-    if denied {
-        return failure.hint("installing takes a cluster administrator's rights");
+    if is_denial(&error) {
+        return Failure::from(error).hint("installing takes a cluster administrator's rights");
     }
+    let unknown = matches!(&error, kube::Error::Api(status) if status.is_not_found());
     let name = object["metadata"]["name"].as_str().unwrap_or_default();
-    failure.within(format!("cannot apply {} {name}", kind(object)))
+    let failure = Failure::from(error).within(format!("cannot apply {} {name}", kind(object)));
+    if unknown && object["metadata"]["namespace"].is_null() {
+        return failure
+            .hint("tp needs Kubernetes 1.30 or newer; `kubectl version` shows the server's");
+    }
+    failure
 }
 
 async fn established(cluster: &Cluster, name: &str) -> Result<(), Failure> {
