@@ -193,6 +193,9 @@ pub(crate) fn verify(packet: &[u8], headers: &Headers, offload: &Offload) -> boo
 /// pseudo-header where the device does the rest. `segment` is the largest TCP payload of one segment.
 pub(crate) fn complete(packet: &mut [u8], device: &DeviceOffload, segment: usize) -> Offload {
     let (source, destination, protocol, header) = seal_ip(packet);
+    if is_fragment(packet) {
+        return Offload::default();
+    }
     let transport = &mut packet[header..];
     let Some(offset) = checksum_offset(protocol).filter(|offset| transport.len() >= offset + 2)
     else {
@@ -250,6 +253,12 @@ fn seal_ip(packet: &mut [u8]) -> (IpAddress, IpAddress, u8, usize) {
         ip.next_header().into(),
         IPV6_HEADER,
     )
+}
+
+/// Whether the transport's checksum was made before this packet was cut. IPv6 shows it by the protocol.
+fn is_fragment(packet: &[u8]) -> bool {
+    const MORE_AND_OFFSET: u16 = 0x3FFF;
+    packet[0] >> 4 == 4 && u16::from_be_bytes([packet[6], packet[7]]) & MORE_AND_OFFSET != 0
 }
 
 fn segments(transport: &[u8], protocol: u8, header: usize, size: usize) -> Option<Segments> {

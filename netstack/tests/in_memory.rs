@@ -1,4 +1,5 @@
 //! The stack against a smoltcp host over a simulated link: no kernel, no real time, repeatable by seed.
+#![allow(clippy::unwrap_used, reason = "a test that is surprised panics")]
 
 mod support;
 

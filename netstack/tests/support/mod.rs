@@ -72,7 +72,7 @@ pub fn expect(name: u64, offset: u64, bytes: &[u8]) {
 }
 
 /// What a link does to packets, in percent, and how long they take.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Impairment {
     pub loss: u64,
     pub duplicate: u64,
