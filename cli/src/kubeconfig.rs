@@ -289,3 +289,95 @@ struct Chosen {
 fn unusable(what: &str, error: &dyn std::error::Error) -> Failure {
     Failure::new(format!("cannot use the kubeconfig's {what}")).caused_by(error)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        selectors: Selectors,
+    }
+
+    fn parse(line: &str) -> Selectors {
+        Line::try_parse_from(std::iter::once("tp").chain(line.split_whitespace()))
+            .map(|line| line.selectors)
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    #[test]
+    fn kubectls_flags_are_taken() {
+        let selectors = parse(
+            "--kubeconfig k --context c --cluster cl --user u -s https://h --token t --as a --as-group g --as-group h \
+             --as-uid 7 --as-user-extra k=v --certificate-authority ca --client-certificate cc --client-key ck \
+             --insecure-skip-tls-verify --tls-server-name n --request-timeout 1m",
+        );
+
+        assert_eq!(selectors.as_group, ["g", "h"]);
+        assert_eq!(selectors.request_timeout, Some(Duration::from_secs(60)));
+        assert!(selectors.kubeconfig.is_some_and(|path| path.is_absolute()));
+    }
+
+    #[test]
+    fn a_daemon_gets_the_same_selectors() {
+        let selectors =
+            parse("--context c --token secret --as a --as-group g --request-timeout 5s");
+
+        let sent = serde_json::to_string(&selectors).unwrap();
+
+        assert_eq!(serde_json::from_str::<Selectors>(&sent).unwrap(), selectors);
+    }
+
+    #[test]
+    fn a_token_is_never_shown() {
+        assert!(!format!("{:?}", parse("--token hunter2")).contains("hunter2"));
+    }
+
+    #[test]
+    fn times_read_as_kubectls() {
+        for (text, expected) in [("5", 5), ("0", 0), ("90s", 90), ("2m", 120), ("1m30s", 90)] {
+            assert_eq!(
+                duration(text).unwrap(),
+                Duration::from_secs(expected),
+                "{text}"
+            );
+        }
+        assert!(duration("soon").is_err());
+        assert!(duration("-5s").is_err());
+    }
+
+    #[tokio::test]
+    async fn a_server_that_never_answers_is_named_in_time() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = silent.local_addr().unwrap();
+        let selectors = Selectors {
+            server: Some(format!("http://{address}")),
+            kubeconfig: None,
+            request_timeout: Some(Duration::from_millis(200)),
+            ..Selectors::default()
+        };
+        let chosen = merge::choose(&selectors, kube::config::Kubeconfig::default()).unwrap();
+        let client = transport::client(merge::config(&chosen).unwrap())
+            .await
+            .unwrap();
+        let cluster = Cluster {
+            client,
+            namespace: chosen.namespace,
+            context: chosen.context,
+            server: format!("http://{address}"),
+            address: address.to_string(),
+            answer_within: Duration::from_millis(200),
+        };
+
+        let failure = cluster.identity().await.unwrap_err();
+
+        assert_eq!(
+            failure.what,
+            format!("cannot reach the API server at {address}")
+        );
+        assert_eq!(failure.why, ["it did not answer in time"]);
+    }
+}
