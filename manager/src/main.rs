@@ -145,6 +145,7 @@ fn main() -> ExitCode {
         }
     };
     start_logging();
+    tp_manager::refuse_huge_pages();
     tp_manager::raise_descriptor_limit();
     match runtime().block_on(run(mode)) {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,7 +3,7 @@
 //! It holds no right in the cluster and asks the API server nothing. Its reach is what the namespace's own DNS names
 //! resolve to; addresses are only reachable once such an answer held them. It exits when its one session stays away.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -47,6 +47,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let metrics = Arc::new(Metrics::default());
     let reach = Arc::new(NamespaceReach {
         domain: conf.cluster_domain().unwrap_or("cluster.local").to_owned(),
+        services: linked_services(&options.namespace, std::env::vars().map(|(name, _)| name)),
         namespace: options.namespace,
         nameservers: conf.nameservers.iter().map(SocketAddr::ip).collect(),
         heard: Mutex::default(),
@@ -155,8 +156,30 @@ async fn present_until_dropped(present: watch::Sender<usize>) -> String {
 struct NamespaceReach {
     domain: String,
     namespace: String,
+    services: Vec<String>,
     nameservers: Vec<IpAddr>,
     heard: Mutex<HashSet<IpAddr>>,
+}
+
+/// The Services of the pod's namespace, read off the variables that the kubelet makes of them (`WEB_API_SERVICE_HOST`).
+///
+/// It takes no right to know them, so their short names work here too. Headless ones have no variable, and those made
+/// later are missed; both are reached by `name.namespace.svc`.
+fn linked_services(namespace: &str, variables: impl Iterator<Item = String>) -> Vec<String> {
+    let mut services: Vec<String> = variables
+        .filter_map(|variable| {
+            Some(
+                variable
+                    .strip_suffix("_SERVICE_HOST")?
+                    .to_lowercase()
+                    .replace('_', "-"),
+            )
+        })
+        // Every pod is told where the API server is, whatever its namespace.
+        .filter(|service| service != "kubernetes" || namespace == "default")
+        .collect();
+    services.sort();
+    services
 }
 
 /// Addresses remembered; a namespace with more pods than this has to use names.
@@ -173,6 +196,7 @@ impl NamespaceReach {
             namespace: self.namespace.clone(),
             domain: self.domain.clone(),
             namespaces: vec![self.namespace.clone()],
+            services: BTreeMap::from([(self.namespace.clone(), self.services.clone())]),
             ..ClusterView::default()
         })
     }
@@ -264,6 +288,7 @@ mod tests {
         NamespaceReach {
             domain: "cluster.local".into(),
             namespace: "shop".into(),
+            services: Vec::new(),
             nameservers: Vec::new(),
             heard: Mutex::default(),
         }
@@ -276,6 +301,21 @@ mod tests {
             port: 80,
         };
         reach.permit(&destination).await.is_ok()
+    }
+
+    #[test]
+    fn services_are_known_from_the_pods_environment() {
+        let variables = [
+            "WEB_API_SERVICE_HOST",
+            "WEB_API_SERVICE_PORT",
+            "KUBERNETES_SERVICE_HOST",
+            "HOME",
+        ];
+        let services =
+            |namespace| linked_services(namespace, variables.iter().map(ToString::to_string));
+
+        assert_eq!(services("shop"), ["web-api"]);
+        assert_eq!(services("default"), ["kubernetes", "web-api"]);
     }
 
     #[tokio::test]
