@@ -53,6 +53,7 @@ printf '127.0.0.1 localhost\n10.20.0.10 orders.shop.internal\n10.20.0.11 stock.s
 in_shop mount --bind "$folder/hosts" /etc/hosts
 for service in 10.20.0.10=orders 10.20.0.11=stock; do
   in_shop python3 "$here/service.py" "${service%=*}" "${service#*=}" &
+  for _ in $(seq 100); do in_shop curl --silent --output /dev/null "http://${service%=*}/" && break; sleep .1; done
 done
 echo "  orders.shop.internal = 10.20.0.10, stock.shop.internal = 10.20.0.11; the workstation has no route to either"
 
