@@ -247,7 +247,8 @@ fn manifest(job: &str, namespace: &str, image: &str, client_key: &str) -> Value 
                 "spec": {
                     "restartPolicy": "Never",
                     "automountServiceAccountToken": false,
-                    "enableServiceLinks": false,
+                    // The manager learns the namespace's Services from them; it may not list them.
+                    "enableServiceLinks": true,
                     "terminationGracePeriodSeconds": 5,
                     "nodeSelector": { "kubernetes.io/os": "linux" },
                     "securityContext": manifests::pod_security(),
