@@ -4,7 +4,7 @@
 //! is dropped; a full disk must not stop traffic.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,8 +15,9 @@ use tracing_subscriber::fmt::MakeWriter;
 /// Size at which a log file is put aside: some 5,000 lines.
 const LARGEST: u64 = 1024 * 1024;
 
-/// What is logged unless `TP_LOG` says otherwise.
-const DEFAULT_FILTER: &str = "info,kube_client=warn,tower=warn,hyper=warn,h2=warn";
+/// What is logged unless `TP_LOG` says otherwise. Failed requests are reported by whoever made them, once.
+const DEFAULT_FILTER: &str =
+    "warn,tp_cli=info,tp_tunnel=info,kube_client=off,rustls_platform_verifier=off";
 
 /// Sends this process's events to the file at `path`.
 pub fn to_file(path: &Path) {
@@ -33,6 +34,7 @@ pub fn to_stderr() {
     let subscriber = tracing_subscriber::fmt()
         .compact()
         .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
         .with_env_filter(filter())
         .with_writer(io::stderr);
     let _ = subscriber.try_init();

@@ -26,7 +26,7 @@ use super::parameters::Parameters;
 use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
 use super::supervisor::{Facts, Supervisor, one_line};
 use super::{environment, listen, log, peers};
-use crate::proxy::{self, split::Split, split::UserRules};
+use crate::proxy::{self, Counters, split::Split, split::UserRules};
 use crate::report::{Failure, OrFail};
 
 /// How long the end-to-end probe may take.
@@ -81,6 +81,7 @@ struct Shared {
     warnings: Vec<String>,
     log: std::path::PathBuf,
     lease: Option<Arc<super::session::SessionLease>>,
+    counters: Arc<Counters>,
     facts_rx: watch::Receiver<Facts>,
     tunnel_rx: watch::Receiver<Option<Tunnel>>,
     /// Somebody wants it to end.
@@ -188,6 +189,7 @@ async fn assemble(
         warnings,
         log: claim.log(),
         lease: access.lease(),
+        counters: Arc::default(),
         facts_rx: facts_rx.clone(),
         tunnel_rx: tunnel_rx.clone(),
         quit: quit.clone(),
@@ -233,7 +235,7 @@ async fn assemble(
         bound.listeners,
         options,
         upstream,
-        Arc::default(),
+        Arc::clone(&shared.counters),
         stop.clone().cancelled_owned(),
     ));
     Ok(Parts {
@@ -349,7 +351,7 @@ impl Shared {
             proxy: environment::shown(self.address),
             carriers: carrier.into_iter().collect(),
             probe,
-            flows: traffic.flows,
+            flows: self.counters.snapshot().flows_open,
             bytes_up: facts.carried.0 + traffic.bytes_up,
             bytes_down: facts.carried.1 + traffic.bytes_down,
             last_cut: facts.last_cut,
@@ -411,15 +413,21 @@ async fn first_carrier(
     mut facts_rx: watch::Receiver<Facts>,
     quit: &CancellationToken,
 ) -> Result<(), Failure> {
-    let up = facts_rx.wait_for(|facts| matches!(facts.phase, Phase::Connected { .. }));
+    let up = async {
+        let is_up = |facts: &Facts| matches!(facts.phase, Phase::Connected { .. });
+        if facts_rx.wait_for(is_up).await.is_err() {
+            // The supervisor let go of its end: what it returns says why.
+            std::future::pending::<()>().await;
+        }
+    };
     tokio::select! {
         biased;
         () = quit.cancelled() => Err(interrupted()),
+        () = up => Ok(()),
         ended = supervisor => match ended {
             Ok(outcome) => outcome.and(Err(interrupted())),
             Err(panic) => Err(Failure::new("the connection broke down").because(panic.to_string())),
         },
-        _ = up => Ok(()),
     }
 }
 

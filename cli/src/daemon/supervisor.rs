@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tp_manager_api::cluster_view::ManagerInfo;
 use tp_manager_api::{CLUSTER_PATH, ClusterView, OLDEST_PROTOCOL};
-use tp_tunnel::carrier::tls::connect_tls;
+use tp_tunnel::carrier::tls::{TlsError, connect_tls};
 use tp_tunnel::{Identity, Tunnel, TunnelError};
 
 use super::carrier::{CarrierDialer, Place};
@@ -296,7 +296,7 @@ impl Supervisor {
     async fn bring_up_slowly(&self, place: Place) -> Result<Live, Unmet> {
         let stream = self.dialer.dial(&place).await?;
         let secured = connect_tls(stream, &self.identity, &place.key).await;
-        let secured = secured.map_err(|error| self.not_admitted(&place, &error))?;
+        let secured = secured.map_err(|error| not_secured(&place, &error))?;
         let established = Tunnel::establish(secured).await;
         let (tunnel, driver) = established.map_err(|error| self.not_admitted(&place, &error))?;
         let driver = AbortOnDropHandle::new(tokio::spawn(driver));
@@ -400,6 +400,16 @@ impl Supervisor {
     }
 }
 
+/// The manager's end did not prove to be the manager.
+fn not_secured(place: &Place, error: &TlsError) -> Unmet {
+    let what = format!("no secure connection to the manager at {}", place.name);
+    let failure = Failure::new(what).caused_by(error);
+    Unmet::passing(match error {
+        TlsError::WrongKey { .. } => failure.hint("somebody else answers there, or the manager has a new key: ask whoever runs it before you trust that"),
+        _ => failure,
+    })
+}
+
 fn carried_by(tunnel: &Tunnel) -> Carried {
     let traffic = tunnel.traffic();
     (traffic.bytes_up, traffic.bytes_down)
@@ -490,72 +500,4 @@ fn now() -> Instant {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn place(name: &str) -> Place {
-        Place {
-            name: name.to_owned(),
-            port: 8443,
-            key: Identity::generate().key_hash(),
-        }
-    }
-
-    fn refused(name: &str) -> Unmet {
-        Unmet::passing(Failure::new(format!("{name} refused")))
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_dead_replica_costs_nothing_when_it_says_so() {
-        let begun = tokio::time::Instant::now();
-
-        let up = first_up(
-            vec![place("dead"), place("alive")],
-            HEAD_START,
-            |place| async move {
-                if place.name == "dead" {
-                    Err(refused("dead"))
-                } else {
-                    Ok(place.name)
-                }
-            },
-        )
-        .await;
-
-        assert_eq!(up.unwrap(), "alive");
-        assert_eq!(begun.elapsed(), Duration::ZERO);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_silent_replica_costs_its_head_start_only() {
-        let begun = tokio::time::Instant::now();
-
-        let up = first_up(
-            vec![place("silent"), place("alive")],
-            HEAD_START,
-            |place| async move {
-                if place.name == "silent" {
-                    tokio::time::sleep(UP_WITHIN).await;
-                    return Err(refused("silent"));
-                }
-                Ok(place.name)
-            },
-        )
-        .await;
-
-        assert_eq!(up.unwrap(), "alive");
-        assert!(begun.elapsed() <= HEAD_START + Duration::from_millis(1));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn when_all_fail_the_first_reason_is_told() {
-        let places = vec![place("a"), place("b"), place("c")];
-
-        let down: Result<(), Unmet> = first_up(places, HEAD_START, |place| async move {
-            Err(refused(&place.name))
-        })
-        .await;
-
-        assert_eq!(down.unwrap_err().failure.what, "a refused");
-    }
-}
+mod tests;
