@@ -133,3 +133,93 @@ async fn write_all(to: &TcpStream, mut rest: &[u8]) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+    use tokio::task::JoinHandle;
+
+    use super::super::counters::{Counters, Kind};
+    use super::*;
+
+    /// Two ends with a relay between them, and what it counts.
+    async fn relayed() -> (TcpStream, TcpStream, Arc<Counters>, JoinHandle<()>) {
+        let (client, inner_client) = pair().await;
+        let (origin, inner_origin) = pair().await;
+        let counters = Arc::new(Counters::default());
+        let flow = counters.open(Kind::Socks);
+        let task = tokio::spawn(async move { relay(inner_client, inner_origin, &flow).await });
+        (client, origin, counters, task)
+    }
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
+        (near.unwrap(), far.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn bytes_pass_both_ways_and_half_close_still_delivers_the_reply() {
+        let (mut client, mut origin, counters, task) = relayed().await;
+        let sent: Vec<u8> = (0..3_000_000_u32).map(|at| (at % 251) as u8).collect();
+        let upload = async {
+            client.write_all(&sent).await.unwrap();
+            client.shutdown().await.unwrap();
+        };
+        let mut received = Vec::new();
+
+        let (_, read) = tokio::join!(upload, origin.read_to_end(&mut received));
+        read.unwrap();
+        origin.write_all(b"reply").await.unwrap();
+        drop(origin);
+        let mut reply = Vec::new();
+        client.read_to_end(&mut reply).await.unwrap();
+        task.await.unwrap();
+
+        assert!(received == sent, "{} bytes", received.len());
+        assert_eq!(reply, b"reply");
+        let counted = counters.snapshot();
+        assert_eq!(
+            (counted.bytes_up, counted.bytes_down, counted.flows_open),
+            (3_000_000, 5, 0)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_reset_of_one_side_is_a_reset_of_the_other() {
+        let (mut client, origin, _, task) = relayed().await;
+
+        reset_on_drop(&origin);
+        drop(origin);
+        let error = client.read(&mut [0; 1]).await.unwrap_err();
+
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_resolves_to_this_machine_is_refused() {
+        for target in [
+            "127.0.0.1:80",
+            "[::1]:80",
+            "[::ffff:127.0.0.1]:80",
+            "0.0.0.0:80",
+            "localhost:80",
+        ] {
+            let error = dial(&target.parse().unwrap()).await.unwrap_err();
+            assert_eq!(error.kind, DialErrorKind::Forbidden, "{target}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_does_not_exist_is_a_dns_error() {
+        let error = dial(&"no-such-name.invalid:80".parse().unwrap())
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind, DialErrorKind::Dns, "{error}");
+    }
+}

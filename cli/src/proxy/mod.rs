@@ -70,7 +70,7 @@ impl Default for Options {
     }
 }
 
-/// Connections that have not said yet what they want; a loop that opens connections then holds a few MiB at most.
+/// Connections that have not said yet what they want. Each holds at most one header block of 64 KiB.
 const HANDSHAKES: usize = 1024;
 
 /// How long accepting rests when there are no descriptors or no memory.
@@ -158,19 +158,15 @@ async fn rest(error: &io::Error, shared: &Shared) {
 
 async fn connection(mut stream: TcpStream, client: SocketAddr, shared: &Arc<Shared>) {
     if !admits(&stream, client, shared) {
+        tracing::debug!(%client, "another user, or another machine: not served");
         return;
     }
     // Fails only on a connection that is gone already.
     let _ = stream.set_nodelay(true);
-    let handshake = timeout(shared.options.handshake_timeout, begin(&mut stream, shared));
-    // Boxed, so that its buffers and state are gone while bytes are relayed.
-    let begun = Box::pin(shared.waiting.run(handshake)).await;
-    let Some(Ok(begun)) = begun else {
-        return;
-    };
-    match begun {
+    // Each phase is boxed, so that its buffers and state are gone in the next one.
+    match Box::pin(handshake(&mut stream, shared)).await {
         Begun::Nothing => {}
-        Begun::Told(message) => tell(stream, &message).await,
+        Begun::Told(message) => Box::pin(tell(stream, &message)).await,
         Begun::Socks(Request::Connect(target), early) => {
             Box::pin(connect(stream, early, target, shared)).await;
         }
@@ -178,7 +174,16 @@ async fn connection(mut stream: TcpStream, client: SocketAddr, shared: &Arc<Shar
             Box::pin(associate(stream, port, shared)).await
         }
         Begun::Http(head, buffer) => Box::pin(http::serve(stream, buffer, *head, shared)).await,
-        Begun::BadHttp(error) => http::refuse(stream, error).await,
+        Begun::BadHttp(error) => Box::pin(http::refuse(stream, error)).await,
+    }
+}
+
+/// Learns what the client wants, in bounded time and number.
+async fn handshake(stream: &mut TcpStream, shared: &Shared) -> Begun {
+    let begin = timeout(shared.options.handshake_timeout, begin(stream, shared));
+    match shared.waiting.run(begin).await {
+        Some(Ok(begun)) => begun,
+        Some(Err(_)) | None => Begun::Nothing,
     }
 }
 
@@ -239,13 +244,14 @@ async fn connect(
     target: tp_tunnel::Target,
     shared: &Shared,
 ) {
-    match shared.dialer.connect(&target, Kind::Socks).await {
+    // What dialling needs is gone while bytes are relayed.
+    match Box::pin(shared.dialer.connect(&target, Kind::Socks)).await {
         Ok((outbound, flow)) => {
             if stream.write_all(&codec::reply(0)).await.is_ok() {
-                relay(outbound, flow, stream, early).await;
+                Box::pin(relay(outbound, flow, stream, early)).await;
             }
         }
-        Err(refusal) => tell(stream, &codec::reply(refusal.socks_reply())).await,
+        Err(refusal) => Box::pin(tell(stream, &codec::reply(refusal.socks_reply()))).await,
     }
 }
 
@@ -255,7 +261,7 @@ async fn associate(mut stream: TcpStream, port: u16, shared: &Shared) {
         Err(error) => Err(error),
     };
     let Ok((socket, bound)) = bound else {
-        return tell(stream, &codec::reply(1)).await;
+        return Box::pin(tell(stream, &codec::reply(1))).await;
     };
     if stream
         .write_all(&codec::reply_bound(bound.ip(), bound.port()))
@@ -279,7 +285,7 @@ async fn relay(outbound: Outbound, flow: OpenFlow, stream: TcpStream, early: Byt
             } else {
                 drop(early);
             }
-            let relayed = Box::pin(tp_tunnel::relay(tunnel, stream)).await;
+            let relayed = tp_tunnel::relay(tunnel, stream).await;
             flow.relayed(&relayed);
         }
         Outbound::Direct(mut origin) => {

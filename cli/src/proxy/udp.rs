@@ -172,8 +172,10 @@ impl Association {
 struct Source {
     client: SocketAddr,
     relay: SocketAddr,
-    /// Known from the request, or since the first datagram.
-    port: Option<u16>,
+    /// The port that the client announced.
+    announced: Option<u16>,
+    /// The port of the first datagram that was admitted.
+    pinned: Option<u16>,
 }
 
 impl Source {
@@ -181,23 +183,24 @@ impl Source {
         Self {
             client,
             relay,
-            port: (port != 0).then_some(port),
+            announced: (port != 0).then_some(port),
+            pinned: None,
         }
     }
 
     fn admits(&mut self, from: SocketAddr) -> bool {
-        if from.ip() != self.client.ip() {
+        let port = self.pinned.or(self.announced);
+        if from.ip() != self.client.ip() || port.is_some_and(|port| port != from.port()) {
             return false;
         }
-        if let Some(port) = self.port {
-            return port == from.port();
+        if self.pinned.is_none() && self.is_same_user(from) {
+            self.pinned = Some(from.port());
         }
-        let same_user =
-            !from.ip().is_loopback() || peer::is_same_user(peer::Protocol::Udp, from, self.relay);
-        if same_user {
-            self.port = Some(from.port());
-        }
-        same_user
+        self.pinned.is_some()
+    }
+
+    fn is_same_user(&self, from: SocketAddr) -> bool {
+        !from.ip().is_loopback() || peer::is_same_user(peer::Protocol::Udp, from, self.relay)
     }
 }
 

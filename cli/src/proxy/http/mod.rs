@@ -40,7 +40,7 @@ use super::{Shared, close_politely, direct, pac, relay};
 /// How long a connection may stay open between two requests.
 const KEEP_ALIVE: Duration = Duration::from_secs(90);
 
-/// How long an exchange may stay silent after the client has ended its side: it may have gone for good.
+/// How long a client that has ended its side is waited for until its response begins: it may have gone for good.
 const HALF_CLOSED: Duration = Duration::from_secs(30);
 
 /// Bytes of later requests that are taken while one is under way.
@@ -133,10 +133,10 @@ fn is_loopback_host(host: &str, proxy: SocketAddr) -> bool {
 }
 
 async fn connect(mut stream: TcpStream, early: BytesMut, target: &Target, shared: &Shared) {
-    match shared.dialer.connect(target, Kind::HttpConnect).await {
+    match Box::pin(shared.dialer.connect(target, Kind::HttpConnect)).await {
         Ok((outbound, flow)) => {
             if stream.write_all(answer::CONNECTED).await.is_ok() {
-                relay(outbound, flow, stream, early).await;
+                Box::pin(relay(outbound, flow, stream, early)).await;
             }
         }
         Err(refusal) => answer_and_close(stream, &Answer::refusal(&refusal), true).await,
@@ -145,7 +145,7 @@ async fn connect(mut stream: TcpStream, early: BytesMut, target: &Target, shared
 
 async fn answer_and_close(mut stream: TcpStream, answer: &Answer, with_body: bool) {
     if stream.write_all(&answer.to_bytes(with_body)).await.is_ok() {
-        close_politely(stream).await;
+        Box::pin(close_politely(stream)).await;
     }
 }
 
@@ -228,12 +228,20 @@ async fn exchange(
             body::upload(&mut reader, buffer, head.body, body_tx).await?;
             uploaded.store(true, Ordering::Relaxed);
             until_gone(&mut reader, buffer).await;
+            if !answered.load(Ordering::Relaxed) {
+                tokio::time::sleep(HALF_CLOSED).await;
+            }
+            if answered.load(Ordering::Relaxed) {
+                // Whether anyone still reads shows when it is written to.
+                std::future::pending::<()>().await;
+            }
             Err(UploadError::Gone)
         };
+        // The upload goes first, so that its end is known when the response says whether the connection stays open.
         tokio::select! {
             biased;
-            after = response => Ok(after),
             Err::<(), _>(error) = upload => Err(error),
+            after = response => Ok(after),
         }
     };
     match after {
@@ -248,17 +256,15 @@ async fn exchange(
     }
 }
 
-/// Waits until the client is gone, taking in what it sends ahead. A client that has only ended its side still gets
-/// its response, unless nothing happens for long.
+/// Waits until the client has ended its side or is gone, taking in what it sends ahead.
 async fn until_gone(reader: &mut ReadHalf<'_>, buffer: &mut BytesMut) {
     loop {
         if buffer.len() >= PIPELINED_MAX {
             std::future::pending::<()>().await;
         }
         match reader.read_buf(buffer).await {
-            Ok(0) => return tokio::time::sleep(HALF_CLOSED).await,
+            Ok(0) | Err(_) => return,
             Ok(_) => {}
-            Err(_) => return,
         }
     }
 }

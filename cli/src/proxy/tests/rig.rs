@@ -61,7 +61,12 @@ impl Rig {
     }
 
     pub(super) async fn without_tunnel(options: Options) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::on(([127, 0, 0, 1], 0).into(), options).await
+    }
+
+    /// A proxy that listens on `address`, without a tunnel.
+    pub(super) async fn on(address: SocketAddr, options: Options) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
         let proxy = listener.local_addr().unwrap();
         let (tunnel_tx, tunnel) = watch::channel(None);
         let (split_tx, split) = watch::channel(Arc::new(Split::new(view(), UserRules::default())));
@@ -117,14 +122,28 @@ impl Rig {
     ) where
         F: Future<Output = ()> + Send + 'static,
     {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        self.name(name, listener.local_addr().unwrap());
+        let address = self.listen(([127, 0, 0, 1], 0).into(), handler).await;
+        self.name(name, address);
+    }
+
+    /// A server that no name leads to.
+    pub(super) async fn listen<F>(
+        &mut self,
+        address: SocketAddr,
+        handler: impl Fn(TcpStream) -> F + Send + 'static,
+    ) -> SocketAddr
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
         self.tasks.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 connections.spawn(handler(stream));
             }
         });
+        address
     }
 
     /// A UDP server that answers what it gets, with `prefix` in front.

@@ -2,9 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::io::AsyncWriteExt as _;
+use std::process::Stdio;
 
-use super::rig::{Rig, echo, quick, read_to_end};
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::Command;
+
+use super::super::Options;
+use super::rig::{Rig, echo, quick, read_to_end, with_login};
 
 #[tokio::test]
 async fn silent_and_slow_handshakes_are_closed_in_time_and_others_are_served() {
@@ -102,4 +106,118 @@ async fn a_flood_of_silent_connections_does_not_keep_others_out() {
         b"",
         "the oldest gave way"
     );
+}
+
+#[tokio::test]
+async fn another_user_of_this_machine_is_turned_away() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!(
+            "SKIPPED another_user_of_this_machine_is_turned_away: only root can become another user"
+        );
+        return;
+    }
+    let mut rig = Rig::start().await;
+    rig.server("web:80", super::http::hello).await;
+    for scheme in ["socks5h", "http"] {
+        let proxy = format!("{scheme}://{}", rig.proxy);
+        let curl = [
+            "curl",
+            "--silent",
+            "--max-time",
+            "10",
+            "-x",
+            &proxy,
+            "http://web/",
+        ];
+        let as_nobody = Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .args(curl)
+            .stdin(Stdio::null())
+            .output()
+            .await
+            .unwrap();
+
+        assert_eq!(as_nobody.stdout, b"", "{scheme}");
+        assert!(
+            matches!(as_nobody.status.code(), Some(52 | 56 | 97)),
+            "{scheme}: {as_nobody:?}"
+        );
+        assert_eq!(
+            rig.curl(&format!("{scheme}://"), &["http://web/"])
+                .await
+                .text(),
+            "GET / for web"
+        );
+    }
+    assert_eq!(rig.counters.snapshot().flows_total, 2);
+}
+
+#[tokio::test]
+async fn other_machines_are_served_only_with_allow_lan_and_a_login() {
+    let Some(address) = own_address() else {
+        eprintln!(
+            "SKIPPED other_machines_are_served_only_with_allow_lan_and_a_login: no address but loopback"
+        );
+        return;
+    };
+    for (options, served) in [
+        (Options::default(), false),
+        (
+            Options {
+                allow_lan: true,
+                ..Options::default()
+            },
+            false,
+        ),
+        (with_login(), false),
+        (
+            Options {
+                allow_lan: true,
+                ..with_login()
+            },
+            true,
+        ),
+    ] {
+        let allow_lan = options.allow_lan;
+        let rig = Rig::on((address, 0).into(), options).await;
+        let answer = rig
+            .say(b"GET http://web/ HTTP/1.1\r\nHost: web\r\n\r\n")
+            .await;
+        assert_eq!(
+            answer.starts_with(b"HTTP/1.1 407 "),
+            served,
+            "allow_lan {allow_lan}"
+        );
+        assert!(served || answer.is_empty());
+    }
+}
+
+/// An address of this machine that others reach. Nothing is sent.
+fn own_address() -> Option<std::net::IpAddr> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    let address = socket.local_addr().ok()?.ip();
+    (!address.is_loopback() && !address.is_unspecified()).then_some(address)
+}
+
+#[tokio::test]
+async fn direct_flows_are_dialled_from_here() {
+    let Some(address) = own_address() else {
+        eprintln!("SKIPPED direct_flows_are_dialled_from_here: no address but loopback");
+        return;
+    };
+    let mut rig = Rig::without_tunnel(Options::default()).await;
+    let origin = rig.listen((address, 0).into(), super::http::hello).await;
+    for scheme in ["socks5h://", "http://"] {
+        let page = rig
+            .curl(scheme, &[&format!("http://{origin}/x")])
+            .await
+            .text();
+        assert_eq!(page, format!("GET /x for {origin}"), "{scheme}");
+    }
+    let itself = rig
+        .curl("http://", &["-i", &format!("http://{}/", rig.proxy)])
+        .await
+        .text();
+    assert!(itself.starts_with("HTTP/1.1 403 "), "{itself}");
 }
