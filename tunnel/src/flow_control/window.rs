@@ -6,14 +6,20 @@ use std::time::{Duration, Instant};
 /// Estimates the bandwidth-delay product from PING round trips and delivered bytes, and from that one window for all
 /// streams.
 ///
-/// The smallest recent round trip is used, so that queues which a large window itself fills do not make it larger.
+/// A large window fills queues, which lengthens the round trip, which asks for a larger window. Two things stop that:
+/// the smallest recent round trip counts, and a window that made nothing faster is not made larger.
 pub(crate) struct Estimator {
     min: u32,
     max: u32,
     window: u32,
     smallest: Option<(Duration, Instant)>,
     last: Option<(Instant, u64)>,
+    /// Bytes a second when the window last grew.
+    grown_at: f64,
 }
+
+/// What another growth of the window needs: this much more speed since the last one.
+const SPEED_UP: f64 = 1.25;
 
 /// How long a smallest round trip is believed; then the path may have changed.
 const ROUND_TRIP_MEMORY: Duration = Duration::from_secs(10);
@@ -26,6 +32,7 @@ impl Estimator {
             window: min,
             smallest: None,
             last: None,
+            grown_at: 0.0,
         }
     }
 
@@ -55,11 +62,13 @@ impl Estimator {
         if elapsed <= 0.0 {
             return None;
         }
-        let product = (received - before) as f64 / elapsed * smallest.as_secs_f64();
+        let rate = (received - before) as f64 / elapsed;
+        let product = rate * smallest.as_secs_f64();
         let wanted = (2.0 * product).clamp(f64::from(self.min), f64::from(self.max)) as u32;
         // A quarter more is worth a SETTINGS round; less is noise.
-        (wanted / 5 >= self.window / 4).then(|| {
+        (wanted / 5 >= self.window / 4 && rate >= self.grown_at * SPEED_UP).then(|| {
             self.window = wanted;
+            self.grown_at = rate;
             wanted
         })
     }
@@ -68,6 +77,7 @@ impl Estimator {
     pub(crate) fn shrink(&mut self) -> Option<u32> {
         (self.window > self.min).then(|| {
             self.window = self.min;
+            self.grown_at = 0.0;
             self.min
         })
     }
@@ -202,6 +212,20 @@ mod tests {
             estimator.on_pong(later, Duration::from_millis(500), 100_000_000),
             None
         );
+    }
+
+    #[test]
+    fn a_long_saturated_flow_does_not_grow_its_window_for_ever() {
+        let mut estimator = Estimator::new(MIB, 16 * MIB);
+        let (mut now, mut received) = (Instant::now(), 0);
+        // Every round trip is the queue of the window itself: after ten seconds no shorter one is remembered.
+        for _ in 0..2000 {
+            let queue = Duration::from_secs_f64(f64::from(estimator.window()) / 600e6);
+            now += Duration::from_millis(50);
+            received += 30_000_000;
+            estimator.on_pong(now, queue, received);
+        }
+        assert!(estimator.window() <= 2 * MIB, "{}", estimator.window());
     }
 
     #[test]
