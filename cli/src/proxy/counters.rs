@@ -99,12 +99,12 @@ impl Counters {
 pub(super) struct OpenFlow(Arc<Counters>);
 
 impl OpenFlow {
-    pub(super) fn up(&self, bytes: usize) {
-        self.0.up.fetch_add(bytes as u64, Ordering::Relaxed);
+    pub(super) fn up(&self, bytes: u64) {
+        self.0.up.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn down(&self, bytes: usize) {
-        self.0.down.fetch_add(bytes as u64, Ordering::Relaxed);
+    pub(super) fn down(&self, bytes: u64) {
+        self.0.down.fetch_add(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn relayed(&self, relayed: &Relayed) {

@@ -85,13 +85,13 @@ pub(super) fn reset_on_drop(stream: &TcpStream) {
 }
 
 /// One direction, until end of stream, which is passed on as a FIN.
-async fn pump(from: &TcpStream, to: &TcpStream, count: impl Fn(usize)) -> io::Result<()> {
+async fn pump(from: &TcpStream, to: &TcpStream, count: impl Fn(u64)) -> io::Result<()> {
     loop {
         from.readable().await?;
         match step(from, to) {
             Ok(Step::End) => return SockRef::from(to).shutdown(Shutdown::Write),
             Ok(Step::Moved { bytes, rest }) => {
-                count(bytes);
+                count(bytes as u64);
                 write_all(to, &rest).await?;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}

@@ -278,7 +278,7 @@ async fn relay(outbound: Outbound, flow: OpenFlow, stream: TcpStream, early: Byt
     match outbound {
         Outbound::Tunnel(mut tunnel) => {
             if !early.is_empty() {
-                flow.up(early.len());
+                flow.up(early.len() as u64);
                 if tunnel.send(early.freeze()).await.is_err() {
                     return direct::reset_on_drop(&stream);
                 }
@@ -289,7 +289,7 @@ async fn relay(outbound: Outbound, flow: OpenFlow, stream: TcpStream, early: Byt
             flow.relayed(&relayed);
         }
         Outbound::Direct(mut origin) => {
-            flow.up(early.len());
+            flow.up(early.len() as u64);
             if origin.write_all(&early).await.is_err() {
                 return direct::reset_on_drop(&stream);
             }

@@ -234,13 +234,13 @@ async fn serve_flow(
         });
         match turn.await {
             Ok(Turn::Out(Some(datagram))) => {
-                open.up(datagram.len());
+                open.up(datagram.len() as u64);
                 if !send(&mut outbound, datagram).await {
                     return;
                 }
             }
             Ok(Turn::In(Some(datagram))) => {
-                open.down(datagram.len());
+                open.down(datagram.len() as u64);
                 replies.send(&datagram).await;
             }
             Ok(Turn::Out(None) | Turn::In(None)) | Err(_) => return,

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -171,12 +172,13 @@ pub(super) enum UploadError {
 /// The largest piece read at once.
 const READ: usize = 32 * 1024;
 
-/// Moves one body from the client into `body_tx`. Bytes behind it stay in `buffer`.
+/// Moves one body from the client into `body_tx` and counts it in `moved`. Bytes behind it stay in `buffer`.
 pub(super) async fn upload(
     client: &mut (impl AsyncRead + Unpin),
     buffer: &mut BytesMut,
     framing: Framing,
     body_tx: BodySender,
+    moved: &AtomicU64,
 ) -> Result<(), UploadError> {
     let mut decoder = Decoder::new(framing);
     loop {
@@ -185,7 +187,10 @@ pub(super) async fn upload(
                 body_tx.send(Piece::End).await;
                 return Ok(());
             }
-            Step::Data(data) => body_tx.send(Piece::Data(data)).await,
+            Step::Data(data) => {
+                moved.fetch_add(data.len() as u64, Ordering::Relaxed);
+                body_tx.send(Piece::Data(data)).await;
+            }
             Step::NeedMore => {
                 buffer.reserve(READ);
                 if client
@@ -400,13 +405,15 @@ mod tests {
             let (body_tx, body) = channel(framing);
             let mut client = wire.as_bytes();
             let mut buffer = BytesMut::new();
+            let moved = AtomicU64::new(0);
 
             let collected = http_body_util::BodyExt::collect(body);
             let (uploaded, collected) = tokio::join!(
-                upload(&mut client, &mut buffer, framing, body_tx),
+                upload(&mut client, &mut buffer, framing, body_tx, &moved),
                 collected
             );
 
+            assert_eq!(moved.into_inner(), 3);
             assert!(matches!(uploaded, Err(UploadError::Gone)));
             assert!(collected.is_err());
         }

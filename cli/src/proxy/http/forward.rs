@@ -18,7 +18,7 @@ use super::super::dial::{Dialer, Outbound, Refusal};
 use super::super::flow_io::FlowIo;
 use super::body::{self, BodySender, RequestBody};
 use super::fields;
-use super::head::{Framing, HEAD_MAX, Head};
+use super::head::{FIELDS_MAX, Framing, HEAD_MAX, Head};
 
 /// The origin that the last request went to.
 pub(super) struct Origin {
@@ -159,7 +159,7 @@ impl Origin {
             Outbound::Direct(stream) => Box::new(stream),
         };
         let mut builder = http1::Builder::new();
-        builder.max_buf_size(HEAD_MAX * 2);
+        builder.max_buf_size(HEAD_MAX * 2).max_headers(FIELDS_MAX);
         let handshake = builder.handshake(TokioIo::new(stream)).await;
         let (sender, connection) = handshake.map_err(ForwardError::Broken)?;
         let flow = Arc::new(flow);

@@ -62,7 +62,7 @@ pub enum HeadError {
 pub const HEAD_MAX: usize = 64 * 1024;
 
 /// Most header fields.
-const FIELDS_MAX: usize = 128;
+pub const FIELDS_MAX: usize = 128;
 
 impl Head {
     /// Parses the head at the start of `bytes`; `None` while it is incomplete.

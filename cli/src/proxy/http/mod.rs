@@ -12,7 +12,7 @@ pub mod head;
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -212,6 +212,7 @@ async fn exchange(
 ) -> After {
     let (mut reader, mut writer) = stream.split();
     let (mut exchange, body_tx, informational) = Exchange::new(head, target, path);
+    let moved = AtomicU64::new(0);
     let uploaded = AtomicBool::new(false);
     let answered = AtomicBool::new(false);
     let after = {
@@ -225,7 +226,7 @@ async fn exchange(
             &answered,
         );
         let upload = async {
-            body::upload(&mut reader, buffer, head.body, body_tx).await?;
+            body::upload(&mut reader, buffer, head.body, body_tx, &moved).await?;
             uploaded.store(true, Ordering::Relaxed);
             until_gone(&mut reader, buffer).await;
             if !answered.load(Ordering::Relaxed) {
@@ -244,6 +245,9 @@ async fn exchange(
             after = response => Ok(after),
         }
     };
+    if let Some(flow) = origin.flow() {
+        flow.up(moved.into_inner());
+    }
     match after {
         Ok(After::KeepAlive) if !uploaded.load(Ordering::Relaxed) => After::Close,
         Ok(after) => after,
@@ -351,7 +355,7 @@ async fn deliver(
             continue;
         }
         if let Some(flow) = &flow {
-            flow.down(data.len());
+            flow.down(data.len() as u64);
         }
         let written = match ending {
             Ending::Chunked => writer.write_all_buf(&mut body::chunk(data)).await,

@@ -146,6 +146,11 @@ async fn uploads_arrive_whole_in_both_framings() {
     assert_eq!(by_length, format!("length {hash}"));
     assert_eq!(chunked, format!("chunked {hash}"));
     assert_eq!(tunnelled, format!("length {hash}"));
+    assert!(
+        rig.counters.snapshot().bytes_up >= 2 * body.len() as u64,
+        "{:?}",
+        rig.counters.snapshot()
+    );
 }
 
 #[tokio::test]

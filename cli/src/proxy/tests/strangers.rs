@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::process::Stdio;
 
 use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
 use tokio::process::Command;
 
 use super::super::Options;
@@ -220,4 +223,67 @@ async fn direct_flows_are_dialled_from_here() {
         .await
         .text();
     assert!(itself.starts_with("HTTP/1.1 403 "), "{itself}");
+}
+
+/// Runs the test below in a process of its own that may open few descriptors.
+#[tokio::test]
+async fn running_out_of_descriptors_passes_and_does_not_spin() {
+    let child = Command::new("prlimit")
+        .arg("--nofile=96")
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "--ignored",
+            "proxy::tests::strangers::with_few_descriptors",
+        ])
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    let output = String::from_utf8_lossy(&child.stdout);
+    assert!(
+        child.status.success() && output.contains("1 passed"),
+        "{output}"
+    );
+}
+
+#[tokio::test]
+#[ignore = "run by running_out_of_descriptors_passes_and_does_not_spin"]
+async fn with_few_descriptors() {
+    let mut rig = Rig::start().await;
+    rig.server("web:80", super::http::hello).await;
+    let stat = File::open("/proc/self/stat").unwrap();
+    let mut silent = Vec::new();
+    while let Ok(client) = TcpStream::connect(rig.proxy).await {
+        silent.push(client);
+        assert!(silent.len() < 200, "the limit is in force");
+    }
+    let busy = cpu_ticks(&stat);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let busy = cpu_ticks(&stat) - busy;
+
+    silent.truncate(silent.len() / 2);
+    let answer = rig
+        .say(b"GET http://web/ HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n")
+        .await;
+
+    assert!(
+        busy < 30,
+        "{busy} of 100 ticks while there was nothing to do"
+    );
+    assert!(
+        answer.ends_with(b"GET / for web"),
+        "{}",
+        String::from_utf8_lossy(&answer)
+    );
+}
+
+/// User and system time of this process, in hundredths of a second. The file is open before descriptors run out.
+fn cpu_ticks(stat: &File) -> u64 {
+    let mut text = [0; 1024];
+    let length = stat.read_at(&mut text, 0).unwrap();
+    let text = std::str::from_utf8(&text[..length]).unwrap();
+    let (_, fields) = text.rsplit_once(") ").unwrap();
+    let times = fields.split(' ').skip(11).take(2);
+    times.map(|ticks| ticks.parse::<u64>().unwrap()).sum()
 }
