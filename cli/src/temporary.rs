@@ -18,7 +18,7 @@ use tp_tunnel::KeyHash;
 use crate::install::diagnose::{self, Trouble};
 use crate::install::scene::{Scene, Verdict, Watching};
 use crate::install::{manifests, rollout};
-use crate::kubeconfig::Cluster;
+use crate::kubeconfig::{Cluster, Right};
 use crate::report::{Failure, OrFail};
 
 /// A Job's pod is made at once or, where it is refused, not at all; who may not read events learns no more.
@@ -29,6 +29,13 @@ const STARTED_WITHIN: Duration = Duration::from_secs(60);
 const KEY_WITHIN: Duration = Duration::from_secs(10);
 /// Longest life of a temporary manager: a working day, and then some.
 const LIFETIME_SECONDS: u32 = 12 * 60 * 60;
+
+const SEE_EVENTS: Right<'_> = Right {
+    verb: "watch",
+    group: "",
+    resource: "events",
+    subresource: "",
+};
 
 /// A running temporary manager.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,12 +109,13 @@ async fn running(
 ) -> Result<(String, KeyHash), Failure> {
     let client = &cluster.client;
     let of_job = watcher::Config::default().labels(&format!("batch.kubernetes.io/job-name={job}"));
-    let mut watching = Watching::new()
-        .on(Api::<Pod>::namespaced(client.clone(), namespace), of_job)
-        .also(
-            Api::<Event>::namespaced(client.clone(), namespace),
-            watcher::Config::default(),
-        );
+    let mut watching =
+        Watching::new().on(Api::<Pod>::namespaced(client.clone(), namespace), of_job);
+    // They only make an explanation better, and a user of one namespace often may not see them.
+    if cluster.may(&SEE_EVENTS, Some(namespace)).await? {
+        let events = Api::<Event>::namespaced(client.clone(), namespace);
+        watching = watching.also(events, watcher::Config::default());
+    }
     match watching
         .until(MADE_WITHIN, |scene| made(scene, job))
         .await?
