@@ -210,33 +210,48 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 /// Who is connected and not yet known. Bounded, first in first out.
 struct Strangers {
     most: usize,
-    inner: Mutex<(u64, VecDeque<(u64, oneshot::Sender<()>)>)>,
+    queue: Mutex<Queue>,
+}
+
+#[derive(Default)]
+struct Queue {
+    last: u64,
+    waiting: VecDeque<Stranger>,
+}
+
+/// Dropping it tells the stranger's task that the place is lost.
+struct Stranger {
+    place: u64,
+    _place_lost: oneshot::Sender<()>,
 }
 
 impl Strangers {
     fn new(most: usize) -> Self {
         Self {
             most,
-            inner: Mutex::default(),
+            queue: Mutex::default(),
         }
     }
 
     /// Takes a place, the oldest stranger's if there is none left. The receiver resolves when the place is lost.
     fn enter(&self) -> (u64, oneshot::Receiver<()>) {
         let (tx, rx) = oneshot::channel();
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let (next, waiting) = &mut *inner;
-        *next += 1;
-        if waiting.len() >= self.most {
-            waiting.pop_front();
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.last += 1;
+        let place = queue.last;
+        if queue.waiting.len() >= self.most {
+            queue.waiting.pop_front();
         }
-        waiting.push_back((*next, tx));
-        (*next, rx)
+        queue.waiting.push_back(Stranger {
+            place,
+            _place_lost: tx,
+        });
+        (place, rx)
     }
 
     fn leave(&self, place: u64) {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.1.retain(|(taken, _)| *taken != place);
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.waiting.retain(|stranger| stranger.place != place);
     }
 }
 

@@ -76,10 +76,17 @@ impl SessionReach {
         }
     }
 
-    /// Whether the user still has the right that the Session itself stood on when it was created.
+    /// Whether the user still has the right that the Session itself stood on when it was created. Asked anew: the API
+    /// server has just granted it, and a refusal that is remembered may be older than the grant.
     pub async fn check_session(&self) -> Result<(), String> {
-        self.require(Right::Namespace(Arc::clone(&self.session.namespace)))
-            .await
+        let right = Right::Namespace(Arc::clone(&self.session.namespace));
+        let user = &self.session.user;
+        let _ = self
+            .town
+            .rights
+            .allows_within(user, &right, Duration::ZERO)
+            .await;
+        self.require(right).await
     }
 
     /// Resolves with the reason when a right that this connection used is gone, at most a minute after that.

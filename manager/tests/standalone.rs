@@ -2,6 +2,8 @@
 //!
 //! Destinations stand on an address of this machine other than loopback, which is never a destination.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic as tests do")]
+
 use std::net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -102,10 +104,10 @@ fn target(address: SocketAddr) -> Target {
 }
 
 fn kind(error: OpenError) -> DialErrorKind {
-    match error {
-        OpenError::Dial(error) => error.kind,
-        other => panic!("not a dial error: {other}"),
-    }
+    let OpenError::Dial(error) = error else {
+        panic!("not a dial error: {error}");
+    };
+    error.kind
 }
 
 /// Sends back what it gets, until the end.

@@ -6,13 +6,13 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
+use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA};
-use hickory_proto::rr::{Name, RData, Record, RecordType};
+use hickory_proto::rr::{RData, Record, RecordType};
 use tokio::time::timeout;
 
-use crate::dial::exchange::question_end;
-use crate::dial::resolve::{Resolver, address};
+use crate::dial::message::{host_name, inspect, refusal};
+use crate::dial::resolve::Resolver;
 
 /// Answers a message. Always returns a message: FORMERR for what cannot be read, SERVFAIL when nobody answers in time.
 pub async fn answer(resolver: &Resolver, query: &[u8]) -> Vec<u8> {
@@ -31,46 +31,6 @@ pub async fn answer(resolver: &Resolver, query: &[u8]) -> Vec<u8> {
 
 /// Shorter than the 5 s after which stub resolvers give up.
 const PATIENCE: Duration = Duration::from_millis(4500);
-
-/// The query, if it is one with one question; otherwise the answer that refuses it.
-pub fn inspect(query: &[u8]) -> Result<Message, Vec<u8>> {
-    let message = Message::from_vec(query).map_err(|_| refusal(query, ResponseCode::FormErr))?;
-    let one_question = message.queries.len() == 1 && question_end(query).is_some();
-    if message.metadata.message_type != MessageType::Query || !one_question {
-        return Err(refusal(query, ResponseCode::FormErr));
-    }
-    if message.metadata.op_code != OpCode::Query {
-        return Err(refusal(query, ResponseCode::NotImp));
-    }
-    Ok(message)
-}
-
-/// A bare header with the query's id, whatever else the query holds.
-fn refusal(query: &[u8], code: ResponseCode) -> Vec<u8> {
-    let id = query.first_chunk().map_or(0, |id| u16::from_be_bytes(*id));
-    let mut message = Message::error_msg(id, OpCode::Query, code);
-    message.metadata.recursion_available = true;
-    message
-        .to_vec()
-        .expect("a header alone can always be written")
-}
-
-/// What an answer to an address question holds: the question's name and the addresses, aliases followed by whoever
-/// made it.
-pub fn addresses(answer: &[u8]) -> Option<(String, Vec<IpAddr>)> {
-    let message = Message::from_vec(answer).ok()?;
-    let addresses: Vec<IpAddr> = message
-        .answers
-        .iter()
-        .filter_map(|record| address(&record.data))
-        .collect();
-    let name = host_name(&message.queries.first()?.name);
-    (!addresses.is_empty()).then_some((name, addresses))
-}
-
-fn host_name(name: &Name) -> String {
-    name.to_ascii().trim_end_matches('.').to_ascii_lowercase()
-}
 
 fn from_hosts(resolver: &Resolver, query: &Message) -> Option<Vec<u8>> {
     let question = query.queries.first()?;
@@ -103,11 +63,12 @@ mod tests {
     use std::net::SocketAddr;
     use std::str::FromStr;
 
-    use hickory_proto::op::{Edns, Query};
-    use proptest::prelude::*;
+    use hickory_proto::op::{Edns, MessageType, OpCode, Query};
+    use hickory_proto::rr::Name;
     use tokio::net::UdpSocket;
 
     use super::*;
+    use crate::dial::message::addresses;
     use crate::dial::resolv_conf::ResolvConf;
 
     fn query(name: &str, family: RecordType) -> Message {
@@ -192,15 +153,5 @@ mod tests {
             (v6.metadata.response_code, v6.answers.len()),
             (ResponseCode::NoError, 0)
         );
-    }
-
-    proptest! {
-        #[test]
-        fn reading_never_panics_and_a_refusal_is_a_message(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = addresses(&bytes);
-            if let Err(refusal) = inspect(&bytes) {
-                prop_assert!(Message::from_vec(&refusal).is_ok());
-            }
-        }
     }
 }

@@ -10,6 +10,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
+use crate::dial::message::{HEADER, question_end};
+
 /// Where to ask, and how patiently.
 #[derive(Clone, Debug)]
 pub struct Nameservers {
@@ -108,8 +110,6 @@ async fn ask_stream(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
     }
 }
 
-const HEADER: usize = 12;
-
 /// More than any EDNS size in use; what a datagram cannot hold comes by TCP.
 const LARGEST_DATAGRAM: usize = 16 * 1024;
 
@@ -128,20 +128,6 @@ fn answers(query: &[u8], answer: &[u8]) -> bool {
         Some((asked, answered)) => asked.eq_ignore_ascii_case(answered),
         None => false,
     }
-}
-
-/// Where the first question ends; `None` when it does not or its name is compressed, which in a query has no sense.
-pub(crate) fn question_end(message: &[u8]) -> Option<usize> {
-    let mut at = HEADER;
-    loop {
-        match usize::from(*message.get(at)?) {
-            0 => break,
-            length @ 1..=63 => at += 1 + length,
-            _ => return None,
-        }
-    }
-    let end = at + 1 + 4;
-    (end <= message.len() && at - HEADER < 255).then_some(end)
 }
 
 fn is_truncated(answer: &[u8]) -> bool {

@@ -6,6 +6,7 @@
 pub mod doh;
 pub mod exchange;
 pub mod hosts;
+pub mod message;
 pub mod refuse;
 pub mod resolv_conf;
 pub mod resolve;
@@ -108,7 +109,7 @@ impl Dialer {
     pub async fn answer(&self, query: &[u8], reach: &dyn Reach) -> Bytes {
         self.metrics.dns_query();
         let answer = doh::answer(&self.resolver, query).await;
-        if let Some((name, addresses)) = doh::addresses(&answer) {
+        if let Some((name, addresses)) = message::addresses(&answer) {
             reach.heard(&name, &addresses);
         }
         Bytes::from(answer)

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use crate::dial::exchange::{ExchangeError, Nameservers};
 use crate::dial::hosts;
+use crate::dial::message::address;
 use crate::dial::resolv_conf::ResolvConf;
 
 /// What a name stands for.
@@ -227,18 +228,6 @@ fn read(answer: &Message, asked: &Name) -> Outcome {
         Outcome::Nothing
     } else {
         Outcome::Alias(name.clone())
-    }
-}
-
-pub(crate) fn address(data: &RData) -> Option<IpAddr> {
-    #[expect(
-        clippy::wildcard_enum_match_arm,
-        reason = "another crate's open list of record types"
-    )]
-    match data {
-        RData::A(a) => Some(IpAddr::V4(a.0)),
-        RData::AAAA(aaaa) => Some(IpAddr::V6(aaaa.0)),
-        _ => None,
     }
 }
 
