@@ -378,6 +378,18 @@ impl Cluster {
     }
 }
 
+/// What the API server said, or what stood between us: kube's own text repeats the whole answer.
+pub(crate) fn in_short(error: &kube::Error) -> String {
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "another crate's list of errors"
+    )]
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => chain(other),
+    }
+}
+
 /// How far a watch may be behind a DNS answer.
 const WATCH_LAG: Duration = Duration::from_secs(1);
 

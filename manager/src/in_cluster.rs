@@ -14,13 +14,13 @@ use tokio::task::JoinSet;
 use tp_manager_api::{HEALTH_PORT, METRICS_PORT, Session, TUNNEL_PORT};
 use tp_tunnel::KeyHash;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, in_short};
 use crate::dial::Dialer;
 use crate::dial::resolv_conf::ResolvConf;
 use crate::dial::resolve::Resolver;
 use crate::dial::rights::Rights;
 use crate::guarded_http::{self, HealthPage, MetricsPage};
-use crate::listen::{self, Admitted, Gate, Listener, chain};
+use crate::listen::{self, Admitted, Gate, Listener};
 use crate::metrics::Metrics;
 use crate::reach::{KubeReviewer, SessionReach, SessionViews, Town};
 use crate::service::SessionService;
@@ -193,7 +193,7 @@ async fn sweep(client: Client, sessions: Arc<SessionTable>) {
                 Ok(_) => tracing::info!(%namespace, session = %name, "expired Session removed"),
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
                 Err(error) => {
-                    tracing::warn!(%namespace, session = %name, error = chain(&error), "cannot remove an expired Session");
+                    tracing::warn!(%namespace, session = %name, error = in_short(&error), "cannot remove an expired Session");
                 }
             }
         }
@@ -278,7 +278,7 @@ async fn report_replica(client: Client, replica: &str, session: &LiveSession) {
         )
         .await;
     if let Err(error) = patched {
-        tracing::warn!(session = %session.name, error = chain(&error), "cannot write the Session's status");
+        tracing::warn!(session = %session.name, error = in_short(&error), "cannot write the Session's status");
     }
 }
 

@@ -5,7 +5,6 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client};
@@ -13,6 +12,8 @@ use tokio::sync::watch;
 use tp_manager_api::locator::LOCATOR_ENTRY;
 use tp_manager_api::{MANAGER_NAME, ManagerLocator, OLDEST_PROTOCOL, PROTOCOL, TUNNEL_PORT};
 use tp_tunnel::KeyHash;
+
+use crate::cluster::in_short;
 
 /// Writes whenever the ready replicas differ from what is written. Never ends.
 pub async fn keep(
@@ -26,8 +27,12 @@ pub async fn keep(
         let pods = ready.borrow_and_update().clone();
         let pause = match write(&api, locator(key, pods)).await {
             Ok(()) => LOOK_AGAIN,
+            Err(kube::Error::Api(status)) if status.code == 409 => RETRY,
             Err(error) => {
-                tracing::warn!("cannot write where the manager is: {error:#}");
+                tracing::warn!(
+                    error = in_short(&error),
+                    "cannot write where the manager is"
+                );
                 RETRY
             }
         };
@@ -57,24 +62,15 @@ fn locator(key: KeyHash, pods: Vec<String>) -> ManagerLocator {
     }
 }
 
-async fn write(api: &Api<ConfigMap>, mine: ManagerLocator) -> Result<()> {
-    let written = api
-        .get_opt(MANAGER_NAME)
-        .await
-        .with_context(|| format!("cannot read ConfigMap {MANAGER_NAME}"))?;
+async fn write(api: &Api<ConfigMap>, mine: ManagerLocator) -> kube::Result<()> {
+    let written = api.get_opt(MANAGER_NAME).await?;
     let params = PostParams::default();
     match written {
-        None => drop(
-            api.create(&params, &config_map(None, &mine))
-                .await
-                .context("cannot create it")?,
-        ),
+        None => drop(api.create(&params, &config_map(None, &mine)).await?),
         Some(map) => {
             if let Some(next) = successor(read(&map), mine) {
                 let map = config_map(Some(map), &next);
-                api.replace(MANAGER_NAME, &params, &map)
-                    .await
-                    .context("cannot replace it")?;
+                api.replace(MANAGER_NAME, &params, &map).await?;
             }
         }
     }

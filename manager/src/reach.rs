@@ -20,11 +20,10 @@ use kube::{Api, Client};
 use tp_manager_api::cluster_view::ManagerInfo;
 use tp_manager_api::{ClusterView, GROUP, PROTOCOL};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, in_short};
 use crate::dial::refuse::Surroundings;
 use crate::dial::rights::{Reviewer, Right, Rights, Unavailable, User};
 use crate::dial::{Destination, Reach};
-use crate::listen::chain;
 use crate::service::{Views, with_version};
 use crate::sessions::LiveSession;
 
@@ -345,7 +344,7 @@ pub(crate) async fn review_access(
     let params = PostParams::default();
     match tokio::time::timeout(REVIEW_TIMEOUT, api.create(&params, &review)).await {
         Ok(Ok(review)) => Ok(review.status.is_some_and(|status| status.allowed)),
-        Ok(Err(error)) => Err(Unavailable(chain(&error))),
+        Ok(Err(error)) => Err(Unavailable(in_short(&error))),
         Err(_) => Err(Unavailable("no answer within 3 s".to_owned())),
     }
 }
