@@ -93,9 +93,10 @@ pub(super) fn start(
 
 /// How a program that cannot be started is reported.
 pub(super) fn not_started(program: &OsString, error: &io::Error) -> Failure {
-    let code = match error.kind() {
-        io::ErrorKind::NotFound => NOT_FOUND,
-        _ => NOT_EXECUTABLE,
+    let code = if error.kind() == io::ErrorKind::NotFound {
+        NOT_FOUND
+    } else {
+        NOT_EXECUTABLE
     };
     Failure::new(format!("cannot run {}", program.display()))
         .caused_by(error)

@@ -40,12 +40,10 @@ pub fn create(path: &Path) -> Result<Identity, Failure> {
     written.map_err(|error| {
         let failure =
             Failure::new(format!("cannot write the key {}", path.display())).caused_by(&error);
-        match error.kind() {
-            io::ErrorKind::AlreadyExists => {
-                failure.hint("name another file with `--file`, or remove this one first")
-            }
-            _ => failure,
+        if error.kind() != io::ErrorKind::AlreadyExists {
+            return failure;
         }
+        failure.hint("name another file with `--file`, or remove this one first")
     })?;
     Ok(identity)
 }

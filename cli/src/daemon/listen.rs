@@ -41,11 +41,11 @@ pub async fn bind(listen: &Listen) -> Result<Bound, Failure> {
         Err(error) => {
             let wanted = SocketAddr::new(addresses[0], explicit);
             let failure = Failure::new(format!("cannot listen on {wanted}")).caused_by(&error);
-            Err(match error.kind() {
-                io::ErrorKind::AddrInUse => failure
-                    .hint("take another port with `--listen`, or any free one with `--listen 0`"),
-                _ => failure,
-            })
+            if error.kind() != io::ErrorKind::AddrInUse {
+                return Err(failure);
+            }
+            Err(failure
+                .hint("take another port with `--listen`, or any free one with `--listen 0`"))
         }
     }
 }

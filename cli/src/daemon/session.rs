@@ -10,6 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::authentication::v1::{SelfSubjectReview, UserInfo};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
+use kube::core::Status;
 use serde_json::json;
 use tp_manager_api::{ClientInfo, Session, SessionSpec};
 use tp_tunnel::KeyHash;
@@ -105,18 +106,14 @@ impl SessionLease {
             return Ok(());
         }
         let deletion = DeleteParams::default();
-        let deleted = self
-            .cluster
-            .in_time(found(async {
-                self.api().delete(&self.name, &deletion).await
-            }))
-            .await?;
-        tracing::info!(
-            session = self.name,
-            existed = deleted.is_some(),
-            "session deleted"
-        );
-        Ok(())
+        let request = async { self.api().delete(&self.name, &deletion).await };
+        match self.cluster.in_time(answer(request)).await? {
+            Answer::Given(_) | Answer::Missing(_) => {
+                tracing::info!(session = self.name, "session deleted");
+                Ok(())
+            }
+            Answer::Forbidden(error) => Err(error.into()),
+        }
     }
 
     async fn create(&self) -> Result<(), Unmet> {
@@ -127,9 +124,13 @@ impl SessionLease {
             field_manager: Some(FIELD_MANAGER.to_owned()),
             ..PostParams::default()
         };
-        let api = self.api();
-        let created = self.cluster.in_time(api.create(&params, &session)).await;
-        created.map_err(|failure| Unmet::passing(explain(failure)))?;
+        let request = async { self.api().create(&params, &session).await };
+        let created = self.cluster.in_time(answer(request)).await;
+        match created.map_err(Unmet::passing)? {
+            Answer::Given(_) => {}
+            Answer::Missing(status) => return Err(Unmet::passing(self.unknown(&status))),
+            Answer::Forbidden(error) => return Err(Unmet::lasting(error.into())),
+        }
         tracing::info!(
             session = self.name,
             namespace = self.namespace,
@@ -151,15 +152,10 @@ impl SessionLease {
             field_manager: Some(FIELD_MANAGER.to_owned()),
             ..PatchParams::default()
         };
-        let renewal = found(async { self.api().patch(&self.name, &params, &patch).await });
-        match self.cluster.in_time(renewal).await {
-            Ok(Some(_)) => {
-                self.set_written(&writer, expires_at);
-                Ok(())
-            }
-            Ok(None) => Err(self.deleted()),
-            Err(failure) => Err(Unmet::passing(failure)),
-        }
+        let request = async { self.api().patch(&self.name, &params, &patch).await };
+        self.living(request).await?;
+        self.set_written(&writer, expires_at);
+        Ok(())
     }
 
     /// An expired object may be gone or not; the manager removes it at its leisure.
@@ -169,12 +165,36 @@ impl SessionLease {
     }
 
     async fn check(&self) -> Result<(), Unmet> {
-        let api = self.api();
-        match self.cluster.in_time(api.get_opt(&self.name)).await {
-            Ok(Some(session)) if session.metadata.deletion_timestamp.is_none() => Ok(()),
-            Ok(_) => Err(self.deleted()),
-            Err(failure) => Err(Unmet::passing(failure)),
+        self.living(async { self.api().get(&self.name).await })
+            .await
+    }
+
+    /// What a request for the object says of its life.
+    async fn living(
+        &self,
+        request: impl Future<Output = kube::Result<Session>>,
+    ) -> Result<(), Unmet> {
+        match self
+            .cluster
+            .in_time(answer(request))
+            .await
+            .map_err(Unmet::passing)?
+        {
+            Answer::Given(session) if session.metadata.deletion_timestamp.is_none() => Ok(()),
+            Answer::Given(_) | Answer::Missing(_) => Err(self.deleted()),
+            Answer::Forbidden(error) => Err(Unmet::lasting(error.into())),
         }
+    }
+
+    /// A 404 on creation means that the namespace or the kind is missing.
+    fn unknown(&self, status: &Status) -> Failure {
+        if status.message.starts_with("namespaces ") {
+            let failure = Failure::new(format!("there is no namespace {}", self.namespace));
+            return failure.hint("choose one that exists with `-n`");
+        }
+        Failure::new("the cluster does not know Session objects of tp.dev").hint(
+            "an administrator installs them with `tp install`; `tp connect --temporary` needs none",
+        )
     }
 
     fn deleted(&self) -> Unmet {
@@ -268,31 +288,24 @@ fn host_name() -> String {
         .into_owned()
 }
 
-/// `None` in place of 404.
-async fn found<T>(request: impl Future<Output = kube::Result<T>>) -> kube::Result<Option<T>> {
-    match request.await {
-        Ok(answer) => Ok(Some(answer)),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
-        Err(error) => Err(error),
-    }
+/// The API server's word, as far as it decides about a session's life.
+enum Answer<T> {
+    Given(T),
+    /// 404, and what of.
+    Missing(Box<Status>),
+    /// 403. Another attempt would be refused likewise.
+    Forbidden(kube::Error),
 }
 
-/// A 404 on creation means that the kind or the namespace is missing, which is worth a better hint.
-fn explain(failure: Failure) -> Failure {
-    if failure.what.contains("namespaces \"") && failure.what.contains("not found") {
-        return failure.hint_or("choose a namespace that exists with `-n`");
+async fn answer<T>(request: impl Future<Output = kube::Result<T>>) -> kube::Result<Answer<T>> {
+    match request.await {
+        Ok(given) => Ok(Answer::Given(given)),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(Answer::Missing(status)),
+        Err(kube::Error::Api(status)) if status.code == 403 => {
+            Ok(Answer::Forbidden(kube::Error::Api(status)))
+        }
+        Err(error) => Err(error),
     }
-    if failure.what.contains("404")
-        || failure
-            .what
-            .contains("could not find the requested resource")
-    {
-        let what = "the cluster does not know Session objects of tp.dev";
-        return failure.within(what).hint_or(
-            "an administrator installs them with `tp install`; `tp connect --temporary` needs none",
-        );
-    }
-    failure
 }
 
 #[cfg(test)]
@@ -321,14 +334,5 @@ mod tests {
             left > LIFETIME - SignedDuration::from_secs(5) && left <= LIFETIME,
             "{left}"
         );
-    }
-
-    #[test]
-    fn a_missing_kind_or_namespace_is_explained() {
-        let kind = explain(Failure::new("404 page not found"));
-        let namespace = explain(Failure::new("namespaces \"shopp\" not found"));
-
-        assert!(kind.what.contains("tp.dev") && kind.hint.unwrap().contains("tp install"));
-        assert!(namespace.hint.unwrap().contains("-n"));
     }
 }

@@ -404,10 +404,10 @@ impl Supervisor {
 fn not_secured(place: &Place, error: &TlsError) -> Unmet {
     let what = format!("no secure connection to the manager at {}", place.name);
     let failure = Failure::new(what).caused_by(error);
-    Unmet::passing(match error {
-        TlsError::WrongKey { .. } => failure.hint("somebody else answers there, or the manager has a new key: ask whoever runs it before you trust that"),
-        _ => failure,
-    })
+    if !matches!(error, TlsError::WrongKey { .. }) {
+        return Unmet::passing(failure);
+    }
+    Unmet::passing(failure.hint("somebody else answers there, or the manager has a new key: ask whoever runs it before you trust that"))
 }
 
 fn carried_by(tunnel: &Tunnel) -> Carried {
