@@ -144,7 +144,7 @@ impl Cluster {
     }
 
     /// Changes the inventory, and tells those who wait.
-    fn update(&self, change: impl FnOnce(&mut Inventory) -> bool) {
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Inventory) -> bool) {
         let shown = change(
             &mut self
                 .inventory

@@ -348,3 +348,209 @@ pub(crate) async fn review_access(
         Err(_) => Err(Unavailable("no answer within 3 s".to_owned())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use k8s_openapi::jiff::{SignedDuration, Timestamp};
+    use tp_manager_api::{ClientInfo, Session, SessionSpec};
+    use tp_tunnel::Identity;
+
+    use super::*;
+    use crate::inventory::Service;
+    use crate::sessions::SessionTable;
+
+    /// Grants that can be taken back: (user, resource, namespace).
+    #[derive(Clone, Default)]
+    struct Grants(Arc<Mutex<HashSet<(String, String)>>>);
+
+    impl Grants {
+        fn set(&self, user: &str, right: &Right, granted: bool) {
+            let grant = (user.to_owned(), right.to_string());
+            let mut grants = self.0.lock().unwrap();
+            if granted {
+                grants.insert(grant);
+            } else {
+                grants.remove(&grant);
+            }
+        }
+    }
+
+    impl Reviewer for Grants {
+        fn review<'a>(
+            &'a self,
+            user: &'a User,
+            right: &'a Right,
+        ) -> BoxFuture<'a, Result<bool, Unavailable>> {
+            let grant = (user.name.clone(), right.to_string());
+            let granted = self.0.lock().unwrap().contains(&grant);
+            Box::pin(std::future::ready(Ok(granted)))
+        }
+    }
+
+    fn of(namespace: &str) -> Right {
+        Right::Namespace(namespace.into())
+    }
+
+    /// Services `web` in `shop` and `bank`, and an alias in `shop` that leads outside.
+    fn town(grants: &Grants) -> Arc<Town> {
+        let cluster = Arc::new(Cluster::new("tp-system".into()));
+        let services = [
+            ("shop", "web", Some("10.96.0.1")),
+            ("bank", "web", Some("10.96.0.2")),
+            ("shop", "ext", None),
+        ];
+        for (namespace, name, address) in services {
+            let service = Service {
+                addresses: address
+                    .map(|text| text.parse().unwrap())
+                    .into_iter()
+                    .collect(),
+                external_name: address.is_none(),
+            };
+            let name = (Arc::from(namespace), Arc::from(name));
+            cluster.update(|inventory| {
+                inventory.set_namespace(&name.0, true);
+                inventory.set_service(&name, Some(service))
+            });
+        }
+        Arc::new(Town {
+            cluster,
+            rights: Rights::new(grants.clone()),
+            own_addresses: Vec::new(),
+            nameservers: Vec::new(),
+            domain: "cluster.local".into(),
+            replica: "tp-manager-1".into(),
+        })
+    }
+
+    async fn session(user: &str, namespace: &str) -> Arc<LiveSession> {
+        let (table, key, now) = (
+            SessionTable::default(),
+            Identity::generate().key_hash(),
+            Timestamp::now(),
+        );
+        let mut session = Session::new(
+            user,
+            SessionSpec {
+                user: user.to_owned(),
+                groups: Vec::new(),
+                key_hash: key.to_string(),
+                expires_at: Time(now + SignedDuration::from_secs(3600)),
+                client: ClientInfo::default(),
+            },
+        );
+        session.metadata.namespace = Some(namespace.to_owned());
+        table.apply(&session, now);
+        table.admit(key).await.unwrap()
+    }
+
+    async fn permit(reach: &SessionReach, name: Option<&str>, address: &str) -> Result<(), String> {
+        let destination = Destination {
+            name: name.map(str::to_owned),
+            address: address.parse().unwrap(),
+            port: 80,
+        };
+        reach.permit(&destination).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_user_reaches_the_own_namespace_and_the_refusal_names_the_right() {
+        let grants = Grants::default();
+        grants.set("ada", &of("shop"), true);
+        grants.set("bob", &of("bank"), true);
+        let town = town(&grants);
+        let ada = SessionReach::new(Arc::clone(&town), session("ada", "shop").await);
+        let bob = SessionReach::new(town, session("bob", "bank").await);
+
+        assert_eq!(permit(&ada, None, "10.96.0.1").await, Ok(()));
+        assert_eq!(permit(&bob, None, "10.96.0.2").await, Ok(()));
+        let refusal = permit(&ada, Some("web.bank.svc.cluster.local"), "10.96.0.2")
+            .await
+            .unwrap_err();
+        assert_eq!(
+            refusal,
+            "web.bank.svc.cluster.local: user \"ada\" may not create sessions.tp.dev in namespace bank"
+        );
+        assert!(permit(&bob, None, "10.96.0.1").await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn outside_needs_egress_unless_an_alias_of_a_reached_namespace_leads_there() {
+        let grants = Grants::default();
+        grants.set("ada", &of("shop"), true);
+        let reach = SessionReach::new(town(&grants), session("ada", "shop").await);
+
+        let refusal = permit(&reach, Some("db.example"), "203.0.113.5")
+            .await
+            .unwrap_err();
+        assert!(
+            refusal.contains("sessions.tp.dev/egress in namespace shop"),
+            "{refusal}"
+        );
+        assert_eq!(
+            permit(&reach, Some("ext.shop.svc.cluster.local"), "203.0.113.5").await,
+            Ok(())
+        );
+        let elsewhere = permit(&reach, Some("ext.shop.svc.cluster.local"), "10.96.0.2").await;
+        assert!(elsewhere.is_err(), "an alias opens no other namespace");
+        assert!(
+            permit(&reach, Some("web.shop.svc.cluster.local"), "203.0.113.5")
+                .await
+                .is_err()
+        );
+
+        tokio::time::advance(Rights::KEPT).await;
+        grants.set("ada", &Right::Egress("shop".into()), true);
+        assert_eq!(
+            permit(&reach, Some("db.example"), "203.0.113.5").await,
+            Ok(())
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_right_taken_back_ends_the_connection_that_used_it_within_a_minute() {
+        let grants = Grants::default();
+        grants.set("ada", &of("shop"), true);
+        grants.set("ada", &of("bank"), true);
+        let town = town(&grants);
+        let live = session("ada", "shop").await;
+        let used = SessionReach::new(Arc::clone(&town), Arc::clone(&live));
+        let unused = SessionReach::new(town, live);
+        permit(&used, None, "10.96.0.2").await.unwrap();
+
+        grants.set("ada", &of("bank"), false);
+
+        let minute = Duration::from_secs(60);
+        let reason = tokio::time::timeout(minute, used.revoked()).await.unwrap();
+        assert!(reason.ends_with("in namespace bank"), "{reason}");
+        assert!(
+            tokio::time::timeout(minute, unused.revoked())
+                .await
+                .is_err()
+        );
+        grants.set("ada", &of("shop"), false);
+        assert!(tokio::time::timeout(minute, unused.revoked()).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_view_shows_the_namespaces_that_are_reached() {
+        let grants = Grants::default();
+        grants.set("ada", &of("shop"), true);
+        let town = town(&grants);
+        let views = SessionViews::new(Arc::clone(&town), session("ada", "shop").await);
+
+        let view = views.view().await;
+        assert_eq!(view.namespaces, ["shop"]);
+        assert_eq!(view.services["shop"], ["ext", "web"]);
+
+        grants.set("eve", &Right::EveryNamespace, true);
+        let all = SessionViews::new(town, session("eve", "shop").await)
+            .view()
+            .await;
+        assert_eq!(all.namespaces, ["bank", "shop"]);
+        assert_ne!(all.version, view.version);
+    }
+}
