@@ -14,11 +14,16 @@ use common::{
     Loopback, connection, connection_with, ends, eventually, listener, pattern, soon, target,
     through,
 };
+use futures::{SinkExt, StreamExt};
 use h2::Reason;
 use http::{Method, Request, Response, StatusCode, Uri};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::net::UdpSocket;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::Role as WsRole;
 use tp_tunnel::carrier::tls::{TlsError, accept_tls, connect_tls};
+use tp_tunnel::carrier::websocket::PortForwardStream;
 use tp_tunnel::{Identity, OpenError, Settings, Tunnel, serve};
 
 async fn udp_echo() -> tp_tunnel::Target {
@@ -298,6 +303,74 @@ async fn pinned_keys_carry_flows_and_others_are_refused() {
     assert!(
         matches!(connected, Err(TlsError::WrongKey { pinned, found }) if (pinned, found) == (pin, other))
     );
+}
+
+/// What an API server does for one port: messages on channel 0 to the pod's bytes and back.
+async fn port_forward(ws: DuplexStream, pod: DuplexStream) {
+    let ws = WebSocketStream::from_raw_socket(ws, WsRole::Server, None).await;
+    let (mut to_client, mut from_client) = ws.split();
+    let (mut pod_read, mut pod_write) = tokio::io::split(pod);
+    for channel in 0..2_u8 {
+        let begin = [&[channel], &8443_u16.to_le_bytes()[..]].concat();
+        to_client.send(Message::Binary(begin.into())).await.unwrap();
+    }
+    let down = async {
+        let mut message = vec![0; 32 * 1024];
+        while let Ok(size @ 1..) = pod_read.read(&mut message[1..]).await {
+            to_client
+                .send(Message::Binary(Bytes::copy_from_slice(&message[..=size])))
+                .await
+                .unwrap();
+        }
+    };
+    let up = async {
+        while let Some(Ok(Message::Binary(message))) = from_client.next().await {
+            assert_eq!(message[0], 0);
+            pod_write.write_all(&message[1..]).await.unwrap();
+        }
+    };
+    tokio::select! { () = down => {}, () = up => {} }
+}
+
+#[tokio::test]
+async fn flows_run_through_tls_through_a_port_forward() {
+    let (manager, client) = (Identity::generate(), Identity::generate());
+    let (ours, theirs) = duplex(1 << 16);
+    let (pod, pod_end) = duplex(1 << 16);
+    let forwarding = tokio::spawn(port_forward(theirs, pod));
+    let manager_key = manager.key_hash();
+    tokio::spawn(async move {
+        let (tls, _) = accept_tls(pod_end, &manager).await.unwrap();
+        serve(tls, Arc::new(Loopback::default()), std::future::pending()).await
+    });
+    let ws = WebSocketStream::from_raw_socket(ours, WsRole::Client, None).await;
+    let carrier = PortForwardStream::new(ws, 8443);
+    let tls = soon(connect_tls(carrier, &client, &manager_key))
+        .await
+        .unwrap();
+    let (tunnel, driver) = soon(Tunnel::establish(tls)).await.unwrap();
+    tokio::spawn(driver);
+    let (mut app, mut server) = ends(&tunnel).await;
+    let (up, down) = (pattern(1, 5 << 20), pattern(2, 5 << 20));
+    let (mut app_read, mut app_write) = app.split();
+    let (mut server_read, mut server_write) = server.split();
+    let (mut received_up, mut received_down) = (vec![0; up.len()], vec![0; down.len()]);
+    soon(async {
+        tokio::join!(
+            async { app_write.write_all(&up).await.unwrap() },
+            async { server_write.write_all(&down).await.unwrap() },
+            async { server_read.read_exact(&mut received_up).await.unwrap() },
+            async { app_read.read_exact(&mut received_down).await.unwrap() },
+        )
+    })
+    .await;
+    assert!(received_up == up && received_down == down, "bytes differ");
+    forwarding.abort();
+    assert_eq!(
+        soon(app.read_u8()).await.unwrap_err().kind(),
+        ErrorKind::ConnectionReset
+    );
+    soon(tunnel.closed()).await;
 }
 
 /// `openssl s_client` and `curl` are HTTP and TLS of other authors.

@@ -19,7 +19,9 @@ use tokio_tungstenite::tungstenite::{self, Message};
 
 /// The data channel of one forwarded port.
 ///
-/// Written bytes are gathered to messages of at most 64 KiB, which leave when full or when flushed.
+/// Written bytes are gathered to messages of about 64 KiB, because API servers and kubelets pay by the message. They leave
+/// when full or when flushed; a first flush of a message that is not full is put off until this stream is polled again,
+/// which its task is asked to do at once, so that two frames of one turn share a message.
 pub struct PortForwardStream<S> {
     ws: WebSocketStream<S>,
     channels: Channels,
@@ -29,6 +31,8 @@ pub struct PortForwardStream<S> {
     gathered: BytesMut,
     /// Something was given to the WebSocket since the last complete flush.
     unflushed: bool,
+    /// A flush was asked for and put off.
+    put_off: bool,
 }
 
 /// The protocol inside the messages. Pure: messages in, data or an error out.
@@ -59,6 +63,7 @@ impl<S> PortForwardStream<S> {
             unread: Bytes::new(),
             gathered: BytesMut::new(),
             unflushed: false,
+            put_off: false,
         }
     }
 }
@@ -124,8 +129,8 @@ impl Channels {
 const DATA: u8 = 0;
 const ERROR: u8 = 1;
 
-/// Largest payload of a message we send. Beyond this the API server gets no faster.
-const SENT_MAX: usize = 64 * 1024;
+/// Largest payload of a message we send: two full frames and what TLS adds. Beyond this the API server gets no faster.
+const SENT_MAX: usize = 65 * 1024;
 
 /// Largest message accepted; API servers send 32 KiB.
 const RECEIVED_MAX: usize = 1 << 20;
@@ -174,6 +179,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> PortForwardStream<S> {
         }
         // Ready once everything before is written, so at most one message is buffered below.
         ready!(Pin::new(&mut self.ws).poll_ready(cx)).map_err(io_error)?;
+        self.put_off = false;
         let message = self.gathered.split().freeze();
         Pin::new(&mut self.ws)
             .start_send(Message::Binary(message))
@@ -195,6 +201,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> PortForwardStream<S> {
         Poll::Ready(Ok(1 + SENT_MAX - self.gathered.len()))
     }
 
+    fn poll_flush_now(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_hand_over(cx))?;
+        self.poll_written(cx)
+    }
+
     fn poll_written(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.unflushed {
             ready!(Pin::new(&mut self.ws).poll_flush(cx)).map_err(io_error)?;
@@ -210,6 +221,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for PortForwardStream<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.put_off
+            && let Poll::Ready(Err(error)) = self.poll_flush_now(cx)
+        {
+            return Poll::Ready(Err(error));
+        }
         if self.unread.is_empty() {
             self.unread = ready!(self.poll_message(cx))?;
         }
@@ -250,12 +266,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for PortForwardStream<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_hand_over(cx))?;
-        self.poll_written(cx)
+        if !self.gathered.is_empty() && self.gathered.len() <= SENT_MAX && !self.put_off {
+            self.put_off = true;
+            cx.waker().wake_by_ref();
+            return Poll::Ready(Ok(()));
+        }
+        self.poll_flush_now(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.as_mut().poll_flush(cx))?;
+        ready!(self.poll_flush_now(cx))?;
         match ready!(Pin::new(&mut self.ws).poll_close(cx)) {
             Ok(())
             | Err(tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed) => {
@@ -316,7 +336,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bytes_arrive_both_ways_in_messages_of_64_kib() {
+    async fn bytes_arrive_both_ways_in_large_messages() {
         let (mut stream, mut server) = pair(1 << 20).await;
         open_channels(&mut server).await;
         server.send(message(DATA, b"hello ")).await.unwrap();
@@ -328,6 +348,7 @@ mod tests {
         let sent: Vec<u8> = (0..200_000_u32).map(|n| n as u8).collect();
         stream.write_all(&sent).await.unwrap();
         stream.flush().await.unwrap();
+        let reading = tokio::spawn(async move { stream.read_u8().await });
         let mut received = Vec::new();
         let mut sizes = Vec::new();
         while received.len() < sent.len() {
@@ -339,7 +360,8 @@ mod tests {
             received.extend_from_slice(&data[1..]);
         }
         assert_eq!(received, sent);
-        assert_eq!(sizes, [65_536, 65_536, 65_536, 3_392]);
+        assert_eq!(sizes, [66_560, 66_560, 66_560, 320]);
+        reading.abort();
     }
 
     #[tokio::test]
