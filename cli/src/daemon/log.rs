@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::report;
+
 /// Size at which a log file is put aside: some 5,000 lines.
 const LARGEST: u64 = 1024 * 1024;
 
@@ -19,14 +21,21 @@ const LARGEST: u64 = 1024 * 1024;
 const DEFAULT_FILTER: &str =
     "warn,tp_cli=info,tp_tunnel=info,kube_client=off,rustls_platform_verifier=off";
 
-/// Sends this process's events to the file at `path`.
+/// Sends this process's events to the file at `path`. When that cannot be written it is said once, and all goes on.
 pub fn to_file(path: &Path) {
     let log = BoundedLog::new(path.to_owned(), LARGEST);
     let subscriber = tracing_subscriber::fmt()
         .json()
         .with_env_filter(filter())
-        .with_writer(log);
+        .with_writer(log.clone());
     let _ = subscriber.try_init();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "starting");
+    if let Some(error) = log.trouble() {
+        let path = path.display();
+        report::note(&format!(
+            "warning: the log {path} cannot be written: {error}"
+        ));
+    }
 }
 
 /// Sends this process's events to stderr, for people.
@@ -52,6 +61,7 @@ struct Open {
     largest: u64,
     file: Option<File>,
     written: u64,
+    trouble: Option<io::Error>,
 }
 
 impl BoundedLog {
@@ -61,9 +71,16 @@ impl BoundedLog {
             largest,
             file: None,
             written: 0,
+            trouble: None,
         };
         open.reopen();
         Self(Arc::new(Mutex::new(open)))
+    }
+
+    /// Why the last event was not written, if it was not.
+    fn trouble(&self) -> Option<String> {
+        let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.trouble.as_ref().map(ToString::to_string)
     }
 }
 
@@ -74,7 +91,13 @@ impl Open {
             .append(true)
             .mode(0o600)
             .open(&self.path);
-        self.file = opened.ok();
+        match opened {
+            Ok(file) => self.file = Some(file),
+            Err(error) => {
+                self.file = None;
+                self.trouble = Some(error);
+            }
+        }
         self.written = self
             .file
             .as_ref()
@@ -90,7 +113,7 @@ impl Open {
         // Counted even when it fails: a full disk is tried again only once per file.
         self.written += event.len() as u64;
         if let Some(file) = &mut self.file {
-            let _ = file.write_all(event);
+            self.trouble = file.write_all(event).err();
         }
     }
 }
@@ -150,8 +173,11 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_cannot_be_opened_is_silent() {
-        let mut log = BoundedLog::new("/nonexistent/a.log".into(), 100);
-        assert!(log.write_all(b"x").is_ok());
+    fn a_log_that_cannot_be_written_stops_nobody_and_is_known() {
+        for path in ["/proc/a.log", "/dev/full"] {
+            let mut log = BoundedLog::new(path.into(), 100);
+            assert!(log.write_all(b"x").is_ok(), "{path}");
+            assert!(log.trouble().is_some(), "{path}");
+        }
     }
 }
