@@ -112,13 +112,23 @@ impl Cluster {
     /// Runs a program in the node's namespaces, as root.
     #[track_caller]
     pub fn on_node(&self, arguments: &[&str]) -> String {
+        tool(&mut self.node_command(arguments))
+    }
+
+    /// Whether a program succeeds in the node's namespaces.
+    pub fn try_on_node(&self, arguments: &[&str]) -> bool {
+        let output = self.node_command(arguments).output();
+        output.is_ok_and(|output| output.status.success())
+    }
+
+    fn node_command(&self, arguments: &[&str]) -> Command {
         let holder = std::fs::read_to_string(self.directory.join("run/holder.pid"))
             .expect("the cluster is up");
-        tool(
-            Command::new("nsenter")
-                .args(["-t", holder.trim(), "-m", "-n", "-u", "-p"])
-                .args(arguments),
-        )
+        let mut command = Command::new("nsenter");
+        command
+            .args(["-t", holder.trim(), "-m", "-n", "-u", "-p"])
+            .args(arguments);
+        command
     }
 
     /// Imports image archives into the cluster's containerd.

@@ -185,7 +185,8 @@ impl Laptop {
         )
     }
 
-    /// The ids of all processes of the user, with their command lines.
+    /// The ids of all processes of the user, with their command lines. One that has ended and that nobody has waited
+    /// for has no command line any more, and does not count.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let Ok(entries) = fs::read_dir("/proc") else {
             return Vec::new();
@@ -193,15 +194,13 @@ impl Laptop {
         let pids = entries
             .flatten()
             .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let line = |pid| {
+            let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            (pid, line.replace('\0', " "))
+        };
         pids.filter(|pid| owner(*pid) == Some(self.uid))
-            .map(|pid| {
-                (
-                    pid,
-                    fs::read_to_string(format!("/proc/{pid}/cmdline"))
-                        .unwrap_or_default()
-                        .replace('\0', " "),
-                )
-            })
+            .map(line)
+            .filter(|(_, line)| !line.is_empty())
             .collect()
     }
 

@@ -13,8 +13,12 @@ use crate::user::GROUP;
 pub const IMAGE: &str = "lab.local/tp:dev";
 
 impl Cluster {
-    /// Makes sure that two replicas of the manager under test are installed and ready.
+    /// Makes sure that two replicas of the manager under test are installed and ready. With
+    /// `TP_TEST_MANAGER=installed` it takes what is there, for work on one test beside other uses of the cluster.
     pub fn ensure_manager(&self) {
+        if std::env::var("TP_TEST_MANAGER").is_ok_and(|manager| manager == "installed") {
+            return self.let_developers_connect();
+        }
         let lock = lock_file("manager.lock");
         lock.lock().expect("flock works on the cache folder");
         let wanted = self.load_manager_image();
@@ -54,15 +58,17 @@ impl Cluster {
 
     /// Binds the role with which people find and reach the manager to every user of the tests.
     pub fn let_developers_connect(&self) {
-        let group = format!("--group={GROUP}");
-        let binding = [
-            "create",
-            "rolebinding",
-            "developers",
-            "--role=tp-connect",
-            &group,
-        ];
-        self.kubectl(&[&["-n", MANAGER_NAMESPACE], &binding[..]].concat());
+        self.apply(&format!(
+            "apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+\
+             metadata: {{name: {GROUP}, namespace: {MANAGER_NAMESPACE}}}
+\
+             roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: tp-connect}}
+\
+             subjects: [{{apiGroup: rbac.authorization.k8s.io, kind: Group, name: {GROUP}}}]
+"
+        ));
     }
 
     /// The manager's processes on this machine: pod name and process id.

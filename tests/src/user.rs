@@ -19,8 +19,10 @@ pub struct User {
 }
 
 impl User {
-    /// A user `name` without any right yet, whose kubeconfig is set to `namespace`.
+    /// A user without any right yet, whose kubeconfig is set to `namespace`. The user's name begins with `name` and
+    /// belongs to this namespace alone: the manager remembers for a minute what a user may not do.
     pub fn without_rights(cluster: &Cluster, name: &str, namespace: &str) -> Self {
+        let name = format!("{name}.{namespace}");
         let folder = tempfile::tempdir().expect("a temporary folder");
         let certificates = cluster.directory().join("run/certs");
         let script = r#"
@@ -37,7 +39,7 @@ impl User {
             .args(["-euc", script, "sh"])
             .arg(folder.path())
             .arg(certificates)
-            .arg(name)
+            .arg(&name)
             .arg(GROUP);
         let output = tool(&mut openssl);
         let [certificate, key, ca] = output.lines().collect::<Vec<_>>()[..] else {
@@ -52,10 +54,7 @@ contexts: [{{name: lab, context: {{cluster: lab, user: {name}, namespace: {names
 current-context: lab
 "#
         );
-        Self {
-            name: name.into(),
-            kubeconfig,
-        }
+        Self { name, kubeconfig }
     }
 
     /// A user who may use `tp` in `namespace`, and nothing else. The right to reach the manager comes from the group

@@ -82,6 +82,7 @@ impl<'a> Namespace<'a> {
         load_probe_image(self.cluster);
         self.apply(&PROBE.replace("$NAME", name));
         self.wait_ready(&format!("app={name}"));
+        self.wait_service(name, 80);
     }
 
     /// Starts one of the real servers as pod and Service `name`: `postgres`, `mariadb`, `rabbitmq` or `nginx`.
@@ -99,6 +100,19 @@ impl<'a> Namespace<'a> {
             .replace("$PORTS", &ports_yaml.join(", "));
         self.apply(&manifest);
         self.wait_ready(&format!("app={name}"));
+        self.wait_service(name, ports[0]);
+    }
+
+    /// Waits until the node's packet rules lead to the Service's pods: that comes a moment after the pods are ready.
+    fn wait_service(&self, name: &str, port: u16) {
+        let address = self.value(&format!("svc/{name}"), ".spec.clusterIP");
+        let connect = format!("exec 3<>/dev/tcp/{address}/{port}");
+        let limit = std::time::Duration::from_secs(30);
+        crate::eventually("the Service leads to its pods", limit, || {
+            self.cluster
+                .try_on_node(&["bash", "-c", &connect])
+                .then_some(())
+        });
     }
 }
 

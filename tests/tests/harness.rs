@@ -62,7 +62,9 @@ fn users_have_the_rights_they_were_given_and_no_other() {
 
     let refused = laptop.kubectl(&["get", "pods"]).exits(1);
     assert!(
-        refused.err().contains(r#"User "harness-user" cannot list"#),
+        refused
+            .err()
+            .contains(&format!(r#"User "{}" cannot list"#, user.name)),
         "{}",
         refused.report()
     );

@@ -54,12 +54,13 @@ impl<'a> Attacker<'a> {
     }
 
     /// Lists the key in a Session of `user`, through the user's own laptop.
-    fn list_key(&self, laptop: &Laptop, user: &str, hash: &str) {
+    fn list_key(&self, laptop: &Laptop, user: &User, hash: &str) {
         let session = format!(
             "apiVersion: tp.dev/v1alpha1\nkind: Session\nmetadata: {{name: peer, namespace: {}}}\n\
-             spec: {{user: {user}, groups: [developers, \"system:authenticated\"], keyHash: \"{hash}\", \
+             spec: {{user: {}, groups: [developers, \"system:authenticated\"], keyHash: \"{hash}\", \
              expiresAt: \"{}\", client: {{host: pod, version: \"0\"}}}}\n",
             self.namespace.name,
+            user.name,
             time_in(600)
         );
         laptop.write_file("home/session.yaml", &session);
@@ -110,10 +111,8 @@ fn a_key_opens_the_tunnel_only_while_a_session_lists_it() {
         return;
     };
     let attacker = Attacker::new(&cluster);
-    let laptop = Laptop::of(
-        &cluster,
-        &User::of_namespace(&cluster, "ada", &attacker.namespace),
-    );
+    let user = User::of_namespace(&cluster, "ada", &attacker.namespace);
+    let laptop = Laptop::of(&cluster, &user);
     let hash = attacker.make_key();
 
     let unknown = attacker.case("request", true);
@@ -125,7 +124,7 @@ fn a_key_opens_the_tunnel_only_while_a_session_lists_it() {
     assert_ne!(unknown["end"], "open", "{unknown}");
     assert!(unknown["ms"].as_u64() < Some(5_000), "{unknown}");
 
-    attacker.list_key(&laptop, "ada", &hash);
+    attacker.list_key(&laptop, &user, &hash);
     let listed = attacker.case("request", true);
     assert!(
         listed["bytes"].as_u64() > Some(200),
@@ -150,11 +149,9 @@ fn a_flood_of_one_session_disturbs_no_other() {
     let attacker = Attacker::new(&cluster);
     attacker.namespace.probe("web");
     let hash = attacker.make_key();
-    let mallory = Laptop::of(
-        &cluster,
-        &User::of_namespace(&cluster, "mallory", &attacker.namespace),
-    );
-    attacker.list_key(&mallory, "mallory", &hash);
+    let user = User::of_namespace(&cluster, "mallory", &attacker.namespace);
+    let mallory = Laptop::of(&cluster, &user);
+    attacker.list_key(&mallory, &user, &hash);
     let laptop = Laptop::of(
         &cluster,
         &User::of_namespace(&cluster, "ada", &attacker.namespace),

@@ -109,7 +109,8 @@ fn a_token_and_impersonation_are_users_like_others() {
     let admin = Laptop::admin(&cluster);
     let ada = User::of_namespace(&cluster, "ada", &namespace);
     let as_ada = ["-n", ns, "--as", &ada.name, "--as-group", "developers"];
-    assert_works(&admin.connect(&as_ada));
+    let tp = admin.connect(&as_ada);
+    assert_works(&tp);
     let session = cluster.kubectl(&[
         "-n",
         ns,

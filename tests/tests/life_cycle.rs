@@ -57,7 +57,7 @@ fn two_connections_of_other_names_live_beside_each_other() {
     let connections = status["connections"].as_array().unwrap();
     assert_eq!(connections.len(), 2, "{status}");
 
-    laptop.tp(&["quit", "--name", "one"]).ok();
+    laptop.tp(&["quit", "one"]).ok();
 
     let status = laptop.status();
     assert_eq!(

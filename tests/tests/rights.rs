@@ -103,7 +103,9 @@ fn nobody_may_name_another_user_in_a_session() {
         return;
     };
     let namespace = cluster.namespace("team-a");
-    let laptop = Laptop::of(&cluster, &User::of_namespace(&cluster, "ada", &namespace));
+    let user = User::of_namespace(&cluster, "ada", &namespace);
+    let ada = user.name.as_str();
+    let laptop = Laptop::of(&cluster, &user);
     let session = |user: &str, groups: &str, expiry: &str| {
         format!(
             r#"
@@ -135,8 +137,8 @@ spec:
 
     for (user, groups, expiry, what) in [
         ("bob", own_groups, soon.as_str(), "another user"),
-        ("ada", r#""system:masters""#, &soon, "other groups"),
-        ("ada", own_groups, "2099-01-01T00:00:00Z", "too long a life"),
+        (ada, r#""system:masters""#, &soon, "other groups"),
+        (ada, own_groups, "2099-01-01T00:00:00Z", "too long a life"),
     ] {
         let refused = create(session(user, groups, expiry)).exits(1);
         assert!(
@@ -146,7 +148,7 @@ spec:
         );
     }
     // The same with the truth in it is accepted, so the refusals above were for what they say.
-    create(session("ada", own_groups, &soon)).ok();
+    create(session(ada, own_groups, &soon)).ok();
     let patch = r#"{"spec":{"keyHash":"sha256:0000000000000000000000000000000000000000000000000000000000000000"}}"#;
     let changed = laptop.kubectl(&[
         "patch",

@@ -145,7 +145,7 @@ fn usage_errors_and_help_have_their_own_exit_codes() {
         .tp(&["connect", "--never-proxy", "10.0.0.0/99"])
         .exits(2);
     laptop.tp(&["quit"]).ok();
-    laptop.tp(&["status", "--name", "nothing"]).exits(1);
+    laptop.tp(&["status", "nothing"]).exits(1);
 }
 
 #[test]
