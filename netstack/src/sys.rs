@@ -108,6 +108,11 @@ impl Mapping {
         if start == libc::MAP_FAILED {
             return None;
         }
+        // SAFETY: advice about this mapping alone. A huge page would make a flow's first byte cost two megabytes.
+        #[cfg(target_os = "linux")]
+        unsafe {
+            libc::madvise(start, len, libc::MADV_NOHUGEPAGE)
+        };
         Some(Self {
             start: NonNull::new(start.cast())?,
             len,
