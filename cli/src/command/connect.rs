@@ -188,14 +188,14 @@ async fn attend(
     }
 }
 
-fn before_command(failure: Failure) -> Failure {
+pub(super) fn before_command(failure: Failure) -> Failure {
     match failure.exit {
         report::FAILED => failure.exit(BEFORE_COMMAND),
         _ => failure,
     }
 }
 
-fn taken(name: &str) -> Failure {
+pub(super) fn taken(name: &str) -> Failure {
     Failure::new(format!("there is a connection named {name} already"))
         .because("it would not end with the command")
         .hint("leave `--name` out, or give this one another name")
@@ -311,7 +311,7 @@ fn password_of(file: &std::path::Path) -> Result<Secret, Failure> {
     Ok(text.lines().next().unwrap_or_default().into())
 }
 
-fn connection_name(text: &str) -> Result<String, String> {
+pub(super) fn connection_name(text: &str) -> Result<String, String> {
     let expected = "expected up to 48 letters, digits, `-`, `_` and `.`, beginning with none of the last three but `_`";
     valid_name(text)
         .then(|| text.to_owned())
@@ -319,13 +319,13 @@ fn connection_name(text: &str) -> Result<String, String> {
 }
 
 /// Checked here, so that a bad one is a usage error; kept as canonical text.
-fn rule(text: &str) -> Result<String, String> {
+pub(super) fn rule(text: &str) -> Result<String, String> {
     text.parse::<Rule>()
         .map(|rule| rule.to_string())
         .map_err(|error| error.to_string())
 }
 
-fn host_port(text: &str) -> Result<String, String> {
+pub(super) fn host_port(text: &str) -> Result<String, String> {
     let expected = || "expected HOST:PORT".to_owned();
     let (host, port) = text.rsplit_once(':').ok_or_else(expected)?;
     let unclosed = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
@@ -335,7 +335,7 @@ fn host_port(text: &str) -> Result<String, String> {
     }
 }
 
-fn absolute(text: &str) -> Result<PathBuf, std::io::Error> {
+pub(super) fn absolute(text: &str) -> Result<PathBuf, std::io::Error> {
     std::path::absolute(text)
 }
 

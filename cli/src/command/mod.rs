@@ -9,6 +9,8 @@ pub mod install;
 pub mod key;
 pub mod list_namespaces;
 pub mod quit;
+#[cfg(target_os = "linux")]
+pub mod run;
 pub mod status;
 pub mod uninstall;
 pub mod upgrade;
@@ -23,7 +25,12 @@ use crate::report::{Failure, Output};
 
 /// Work on one service as if it ran inside a Kubernetes cluster, without root
 #[derive(Parser, Debug, Clone)]
-#[command(name = "tp", version, propagate_version = true, disable_help_subcommand = true)]
+#[command(
+    name = "tp",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true
+)]
 pub struct CommandLine {
     /// Form of what goes to stdout
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Text)]
@@ -33,9 +40,10 @@ pub struct CommandLine {
 }
 
 #[derive(Subcommand, Debug, Clone)]
-#[expect(clippy::large_enum_variant, reason = "there is one, and it is moved twice")]
 enum Command {
     Connect(connect::Args),
+    #[cfg(target_os = "linux")]
+    Run(run::Args),
     Status(status::Args),
     Quit(quit::Args),
     Env(env::Args),
@@ -55,7 +63,11 @@ enum Command {
 impl CommandLine {
     /// Whether it carries traffic, rather than asking and going away.
     pub fn carries_traffic(&self) -> bool {
-        matches!(self.command, Command::Connect(_) | Command::Daemon)
+        match self.command {
+            #[cfg(target_os = "linux")]
+            Command::Run(_) => true,
+            _ => matches!(self.command, Command::Connect(_) | Command::Daemon),
+        }
     }
 
     /// Does it.
@@ -66,6 +78,8 @@ impl CommandLine {
         let output = &self.output;
         match self.command {
             Command::Connect(args) => connect::run(args, output).await,
+            #[cfg(target_os = "linux")]
+            Command::Run(args) => run::run(args, output).await,
             Command::Status(args) => status::run(args, output).await,
             Command::Quit(args) => quit::run(args, output).await,
             Command::Env(args) => env::run(args, output).await,

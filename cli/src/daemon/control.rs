@@ -27,6 +27,8 @@ pub enum Request {
     Quit,
     /// Which variables make a program use the proxy? They may hold the proxy's password.
     Env,
+    /// Carry a namespace's packets. What follows on the socket is between [`crate::run::lease`] and its like.
+    Run,
 }
 
 /// What it answers.
@@ -47,6 +49,13 @@ pub enum Reply {
         /// Names and values, in the order to print.
         variables: Vec<(String, String)>,
     },
+    /// To [`Request::Run`]: names resolve as in a pod of this namespace.
+    Run {
+        /// Namespace whose short names resolve; empty without Kubernetes.
+        namespace: String,
+        /// Cluster domain; empty without Kubernetes.
+        domain: String,
+    },
     /// It was not understood.
     Refused {
         /// Why.
@@ -66,13 +75,21 @@ const ANSWERED_WITHIN: Duration = Duration::from_secs(4);
 /// Commands served at the same time; more wait.
 const AT_ONCE: usize = 16;
 
-/// Answers requests until `shutdown`, then lets those under way finish. `answer` is called once for each.
-pub async fn serve<F, A>(listener: UnixListener, shutdown: CancellationToken, answer: F)
-where
+/// Answers requests until `shutdown`, then lets those under way finish. `answer` is called once for each. The socket of
+/// a [`Request::Run`] goes to `lend`, which has to end by itself at shutdown.
+pub async fn serve<F, A, L, B>(
+    listener: UnixListener,
+    shutdown: CancellationToken,
+    answer: F,
+    lend: L,
+) where
     F: Fn(Request) -> A + Clone + Send + 'static,
     A: Future<Output = Reply> + Send + 'static,
+    L: Fn(UnixStream) -> B,
+    B: Future<Output = ()> + Send + 'static,
 {
     let mut peers = JoinSet::new();
+    let mut lent = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept(), if peers.len() < AT_ONCE => match accepted {
@@ -80,20 +97,27 @@ where
                 // Out of descriptors, say: what is open goes on, and the loop does not spin.
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
-            Some(_) = peers.join_next(), if !peers.is_empty() => {}
+            Some(served) = peers.join_next(), if !peers.is_empty() => {
+                if let Ok(Ok(Some(stream))) = served {
+                    lent.spawn(lend(stream));
+                }
+            }
+            Some(_) = lent.join_next(), if !lent.is_empty() => {}
             () = shutdown.cancelled() => break,
         }
     }
     while peers.join_next().await.is_some() {}
+    while lent.join_next().await.is_some() {}
 }
 
-async fn one<F, A>(stream: UnixStream, answer: F) -> io::Result<()>
+/// Gives the socket back if it is to be lent.
+async fn one<F, A>(stream: UnixStream, answer: F) -> io::Result<Option<UnixStream>>
 where
     F: Fn(Request) -> A,
     A: Future<Output = Reply>,
 {
     if stream.peer_cred()?.uid() != rustix::process::getuid().as_raw() {
-        return Ok(());
+        return Ok(None);
     }
     let mut stream = BufReader::new(stream);
     let reply = match within(WRITTEN_WITHIN, read_line::<Request>(&mut stream)).await {
@@ -106,8 +130,10 @@ where
     if matches!(reply, Reply::Ending) {
         // The kernel closes it with the process, which is what the other side waits for.
         std::mem::forget(stream.into_inner().into_std());
+        return Ok(None);
     }
-    Ok(())
+    // The other side waits for the reply before it says more, so nothing is lost with the buffer.
+    Ok(matches!(reply, Reply::Run { .. }).then(|| stream.into_inner()))
 }
 
 /// A daemon's end of the conversation, as a command holds it.
@@ -141,6 +167,11 @@ impl Daemon {
     pub async fn ask(&mut self, request: Request) -> io::Result<Reply> {
         within(WRITTEN_WITHIN, write_line(&mut self.stream, &request)).await?;
         within(ANSWERED_WITHIN, read_line(&mut self.stream)).await
+    }
+
+    /// The socket itself, after a [`Request::Run`] was answered. The daemon says nothing on it until it is spoken to.
+    pub fn into_stream(self) -> UnixStream {
+        self.stream.into_inner()
     }
 
     /// Waits until the daemon's process has gone, at most `limit`. Says whether it has.
@@ -198,12 +229,18 @@ mod tests {
         path
     }
 
+    async fn drop_it(_: UnixStream) {}
+
     async fn env(request: Request) -> Reply {
         match request {
             Request::Env => Reply::Env {
                 variables: vec![("A".into(), "b".into())],
             },
             Request::Quit => Reply::Ending,
+            Request::Run => Reply::Run {
+                namespace: "shop".into(),
+                domain: "cluster.local".into(),
+            },
             Request::Status => Reply::Refused {
                 reason: "no".into(),
             },
@@ -215,7 +252,7 @@ mod tests {
         let path = socket("answered");
         let listener = UnixListener::bind(&path).unwrap();
         let shutdown = CancellationToken::new();
-        let server = tokio::spawn(serve(listener, shutdown.clone(), env));
+        let server = tokio::spawn(serve(listener, shutdown.clone(), env, drop_it));
 
         let reply = Daemon::connect(&path)
             .await
@@ -233,10 +270,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_lent_socket_goes_on_after_the_reply() {
+        let path = socket("lent");
+        let listener = UnixListener::bind(&path).unwrap();
+        let shutdown = CancellationToken::new();
+        let lend = |mut stream: UnixStream| async move {
+            assert_eq!(stream.read_u8().await.unwrap(), b'?');
+            stream.write_all(b"more").await.unwrap();
+        };
+        let server = tokio::spawn(serve(listener, shutdown.clone(), env, lend));
+
+        let mut daemon = Daemon::connect(&path).await.unwrap();
+        let reply = daemon.ask(Request::Run).await.unwrap();
+        let mut more = String::new();
+        let mut stream = daemon.into_stream();
+        stream.write_all(b"?").await.unwrap();
+        stream.read_to_string(&mut more).await.unwrap();
+
+        assert!(matches!(reply, Reply::Run { namespace, .. } if namespace == "shop"));
+        assert_eq!(more, "more");
+        shutdown.cancel();
+        server.await.unwrap();
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[tokio::test]
     async fn what_is_no_request_is_refused_and_the_next_one_served() {
         let path = socket("refused");
         let listener = UnixListener::bind(&path).unwrap();
-        let server = tokio::spawn(serve(listener, CancellationToken::new(), env));
+        let server = tokio::spawn(serve(listener, CancellationToken::new(), env, drop_it));
 
         for garbage in [
             "\n",

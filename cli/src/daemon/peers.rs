@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::future::join_all;
+use tokio::net::UnixStream;
 use tokio::time::Instant;
 
 use super::control::{Daemon, Reply, Request};
@@ -133,6 +134,27 @@ impl Peer {
         match ask(&self.socket, Request::Env).await {
             Ok(Reply::Env { variables }) => Ok(variables),
             Ok(_) => Err(self.silent("it answered something else; is it of another version?")),
+            Err(error) => Err(self.silent(&error.to_string())),
+        }
+    }
+
+    /// Asks it to carry a namespace's packets. Gives the socket on which the rest is agreed, and the namespace and the
+    /// cluster domain that names resolve in.
+    ///
+    /// # Errors
+    /// It does not answer, or is of a release that cannot.
+    pub async fn borrow(&self) -> Result<(UnixStream, String, String), Failure> {
+        let asked = async {
+            let mut daemon = Daemon::connect(&self.socket).await?;
+            let reply = daemon.ask(Request::Run).await?;
+            std::io::Result::Ok((daemon, reply))
+        };
+        match asked.await {
+            Ok((daemon, Reply::Run { namespace, domain })) => {
+                Ok((daemon.into_stream(), namespace, domain))
+            }
+            Ok((_, Reply::Refused { reason })) => Err(self.silent(&reason)),
+            Ok(_) => Err(self.silent("it answered another question")),
             Err(error) => Err(self.silent(&error.to_string())),
         }
     }

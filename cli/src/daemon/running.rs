@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use http::Method;
 use jiff::Timestamp;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -83,7 +84,7 @@ struct Shared {
     lease: Option<Arc<super::session::SessionLease>>,
     counters: Arc<Counters>,
     facts_rx: watch::Receiver<Facts>,
-    tunnel_rx: watch::Receiver<Option<Tunnel>>,
+    upstream: proxy::Upstream,
     /// Somebody wants it to end.
     quit: CancellationToken,
 }
@@ -175,6 +176,10 @@ async fn assemble(
     let (facts_tx, facts_rx) = watch::channel(Facts::default());
     let (tunnel_tx, tunnel_rx) = watch::channel(None);
     let (split_tx, split_rx) = watch::channel(Arc::new(Split::default()));
+    let upstream = proxy::Upstream {
+        tunnel: tunnel_rx,
+        split: split_rx,
+    };
     let credentials = parameters.credentials.as_ref();
     let shared = Arc::new(Shared {
         name: claim.name.clone(),
@@ -191,7 +196,7 @@ async fn assemble(
         lease: access.lease(),
         counters: Arc::default(),
         facts_rx: facts_rx.clone(),
-        tunnel_rx: tunnel_rx.clone(),
+        upstream: upstream.clone(),
         quit: quit.clone(),
     });
     let stop = CancellationToken::new();
@@ -200,7 +205,8 @@ async fn assemble(
         let shared = Arc::clone(&answering);
         async move { shared.answer(request).await }
     };
-    let control = tokio::spawn(control::serve(control_listener, stop.clone(), answer));
+    let lend = lender(upstream.clone(), stop.clone());
+    let control = tokio::spawn(control::serve(control_listener, stop.clone(), answer, lend));
     let dialer = match quit.run_until_cancelled(access.dialer(parameters)).await {
         Some(dialer) => dialer?,
         None => return Err(interrupted()),
@@ -227,10 +233,6 @@ async fn assemble(
         allow_lan: parameters.allow_lan,
         ..proxy::Options::default()
     };
-    let upstream = proxy::Upstream {
-        tunnel: tunnel_rx,
-        split: split_rx,
-    };
     let proxy = tokio::spawn(proxy::serve(
         bound.listeners,
         options,
@@ -256,6 +258,11 @@ impl Running {
     /// The variables that make a program use it.
     pub fn variables(&self) -> &[(String, String)] {
         &self.shared.variables
+    }
+
+    /// What else may use it: the tunnel, and what goes there.
+    pub fn upstream(&self) -> proxy::Upstream {
+        self.shared.upstream.clone()
     }
 
     /// Waits until it ends by itself, and says why. Cancel safe.
@@ -307,6 +314,13 @@ impl Shared {
             Request::Env => Reply::Env {
                 variables: self.variables.clone(),
             },
+            Request::Run => {
+                let split = self.upstream.split.borrow();
+                Reply::Run {
+                    namespace: split.view().namespace.clone(),
+                    domain: split.view().domain.clone(),
+                }
+            }
             Request::Quit => {
                 self.quit.cancel();
                 Reply::Ending
@@ -315,7 +329,7 @@ impl Shared {
     }
 
     async fn status(&self) -> ConnectionStatus {
-        let tunnel = self.tunnel_rx.borrow().clone();
+        let tunnel = self.upstream.tunnel.borrow().clone();
         let probe = match &tunnel {
             Some(tunnel) => probe(tunnel).await,
             None => ProbeStatus::default(),
@@ -453,6 +467,30 @@ async fn already(name: &str, socket: &std::path::Path, digest: &str) -> Result<S
                 "end it with `tp quit {name}`, or give this one another name with `--name`"
             )),
     )
+}
+
+/// What serves the programs of `tp run` that use this connection.
+#[cfg(target_os = "linux")]
+fn lender(
+    upstream: proxy::Upstream,
+    stop: CancellationToken,
+) -> impl Fn(UnixStream) -> BoxFuture<'static, ()> {
+    move |stream| {
+        Box::pin(crate::run::lease::serve(
+            stream,
+            upstream.clone(),
+            stop.clone(),
+        ))
+    }
+}
+
+/// There is no `tp run` here to ask for it.
+#[cfg(not(target_os = "linux"))]
+fn lender(
+    _upstream: proxy::Upstream,
+    _stop: CancellationToken,
+) -> impl Fn(UnixStream) -> BoxFuture<'static, ()> {
+    |_stream| Box::pin(std::future::ready(()))
 }
 
 fn bind_control(claim: &Claim) -> Result<UnixListener, Failure> {

@@ -57,6 +57,15 @@ impl Split {
         }
     }
 
+    /// The same cluster with more rules. Those of either side hold, and `--never-proxy` of either wins.
+    pub fn with_rules(&self, more: &UserRules) -> Self {
+        let mut split = self.clone();
+        split.rules.all |= more.all;
+        split.rules.also_proxy.extend_from_slice(&more.also_proxy);
+        split.rules.never_proxy.extend_from_slice(&more.never_proxy);
+        split
+    }
+
     /// Where a connection to `host` goes.
     pub fn route(&self, host: &Host) -> Route {
         if is_loopback(host) {
@@ -83,7 +92,8 @@ impl Split {
         self.rules.all || self.view.everything
     }
 
-    pub(super) fn view(&self) -> &ClusterView {
+    /// The manager's view, but for the Services.
+    pub fn view(&self) -> &ClusterView {
         &self.view
     }
 

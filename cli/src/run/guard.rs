@@ -1,0 +1,121 @@
+//! The process that stays in the namespace until `tp run` ends, and then ends whatever the program left behind.
+//!
+//! It holds a socket to the command outside. When that closes, in whichever way the command ended, every process in the
+//! same network namespace is ended; so nothing is left even after SIGKILL. No PID namespace is needed for this, and
+//! programs see the process ids that they have. It also makes sockets for connections into the namespace.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process};
+
+use super::passing;
+use super::plan::{FromGuard, ToGuard};
+use super::sys::{self, Fork};
+
+/// How long a program may take after SIGTERM.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// How long the end may take in all. Processes in uninterruptible sleep cannot be waited for.
+const END_WITHIN: Duration = Duration::from_secs(2);
+
+/// Starts the guard, in the namespaces that this process is in now, and gives it `outside`. `not_its` is a descriptor
+/// that it must not hold.
+///
+/// The guard is no child of this process, which is to become a program that expects none.
+///
+/// # Errors
+/// No process is free.
+pub(super) fn start(outside: OwnedFd, not_its: &OwnedFd) -> io::Result<()> {
+    match sys::fork()? {
+        Fork::Parent => {
+            drop(outside);
+            rustix::process::wait(WaitOptions::empty())?;
+            Ok(())
+        }
+        Fork::Child => {
+            let _ = not_its;
+            match sys::fork() {
+                Ok(Fork::Parent) => std::process::exit(0),
+                Ok(Fork::Child) => std::process::exit(i32::from(live(outside).is_err())),
+                Err(_) => std::process::exit(1),
+            }
+        }
+    }
+}
+
+fn live(outside: OwnedFd) -> io::Result<()> {
+    let_go(&outside)?;
+    while let Ok(Some((ToGuard::Socket, _))) = passing::receive(&outside) {
+        let socket = rustix::net::socket_with(
+            AddressFamily::INET,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )?;
+        passing::send(&outside, &FromGuard::Socket, &[socket.as_fd()])?;
+    }
+    let ended = clear()?;
+    // Nobody may be there to hear it.
+    let _ = passing::send(&outside, &FromGuard::Ended(ended), &[]);
+    Ok(())
+}
+
+/// Leaves the terminal's session and everything that was inherited: a pipe held here would seem open to its reader.
+fn let_go(outside: &OwnedFd) -> io::Result<()> {
+    rustix::process::setsid()?;
+    let null = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    std::mem::forget(null);
+    sys::close_all_but(outside);
+    std::env::set_current_dir("/")
+}
+
+/// Ends every other process here; says how many there were.
+fn clear() -> io::Result<usize> {
+    let begun = Instant::now();
+    let first = others()?;
+    let mut left = first.clone();
+    signal_all(&left, Signal::TERM);
+    // A stopped process takes no other signal.
+    signal_all(&left, Signal::CONT);
+    while !left.is_empty() && begun.elapsed() < END_WITHIN {
+        std::thread::sleep(Duration::from_millis(2));
+        left = others()?;
+        if begun.elapsed() > GRACE {
+            signal_all(&left, Signal::KILL);
+        }
+    }
+    Ok(first.len())
+}
+
+fn signal_all(processes: &[Pid], signal: Signal) {
+    for process in processes {
+        // It may have ended by itself.
+        let _ = kill_process(*process, signal);
+    }
+}
+
+/// The other processes of this network namespace.
+fn others() -> io::Result<Vec<Pid>> {
+    let own = namespace_of("self")?;
+    let me = rustix::process::getpid();
+    let entries = std::fs::read_dir("/proc")?.flatten();
+    let numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let here = numbers.filter(|number| namespace_of(number).is_ok_and(|theirs| theirs == own));
+    let processes = here.filter_map(|number| Pid::from_raw(number.parse().ok()?));
+    Ok(processes.filter(|process| *process != me).collect())
+}
+
+/// Dead processes that nobody has waited for yet are in none.
+fn namespace_of(process: &str) -> io::Result<PathBuf> {
+    std::fs::read_link(format!("/proc/{process}/ns/net"))
+}

@@ -1,0 +1,140 @@
+//! One program in namespaces of its own, as the command that started it sees it.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::FdFlags;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use tokio::process::{Child, Command};
+
+use super::plan::{FromGuard, Go, Made, NotStarted, Outcome, Plan, Refused, ToGuard};
+use super::{inside, passing};
+
+/// How long the kernel may take to make a namespace. It takes some 10 ms where nothing is wrong.
+const MADE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long the guard may take to end what is left.
+const CLEARED_WITHIN: Duration = Duration::from_secs(3);
+
+/// A namespace in the making, or one with a program in it. Dropping it ends everything in there.
+#[derive(Debug)]
+pub struct Namespace {
+    child: Child,
+    control: OwnedFd,
+    guard: OwnedFd,
+}
+
+/// Why a program does not run.
+#[derive(Debug)]
+pub enum NotRun {
+    /// There is no such program, or it cannot be executed.
+    Program(io::Error),
+    /// The process that should become it has failed.
+    Other(io::Error),
+}
+
+impl Namespace {
+    /// Starts making namespaces for `program`. It will wait until [`Namespace::go`].
+    ///
+    /// # Errors
+    /// No process can be started.
+    pub fn start(plan: &Plan, program: &[OsString]) -> io::Result<Self> {
+        let (control, theirs) = passing::pair()?;
+        let (guard, guards) = passing::pair()?;
+        for socket in [&theirs, &guards] {
+            rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
+        }
+        let child = Command::new("/proc/self/exe")
+            .arg0("tp")
+            .arg(inside::COMMAND)
+            .arg(theirs.as_raw_fd().to_string())
+            .arg(guards.as_raw_fd().to_string())
+            .args(program)
+            .spawn()?;
+        drop((theirs, guards));
+        set_socket_timeout(&control, Timeout::Recv, Some(MADE_WITHIN))?;
+        set_socket_timeout(&guard, Timeout::Recv, Some(CLEARED_WITHIN))?;
+        passing::send(&control, plan, &[])?;
+        Ok(Self {
+            child,
+            control,
+            guard,
+        })
+    }
+
+    /// Waits until it is made, and gives what was made with its descriptors: the device, then the listeners. Blocks for
+    /// some milliseconds.
+    ///
+    /// # Errors
+    /// Why it could not be made.
+    pub fn made(&self) -> Result<(Made, Vec<OwnedFd>), Refused> {
+        let broken = |why: String| Refused {
+            step: "waiting for the process in the namespace".to_owned(),
+            why,
+            by_policy: false,
+        };
+        match passing::receive(&self.control) {
+            Ok(Some((Outcome::Ready(made), descriptors))) => Ok((made, descriptors)),
+            Ok(Some((Outcome::Refused(refused), _))) => Err(refused),
+            Ok(None) => Err(broken("it ended".to_owned())),
+            Err(error) => Err(broken(error.to_string())),
+        }
+    }
+
+    /// Lets the program run. Returns when it has started.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn go(&self, resolv_conf: String) -> Result<(), NotRun> {
+        passing::send(&self.control, &Go { resolv_conf }, &[]).map_err(NotRun::Other)?;
+        match passing::receive::<NotStarted>(&self.control) {
+            // The socket closes when the program takes the process over.
+            Ok(None) => Ok(()),
+            Ok(Some((NotStarted(number), _))) => {
+                Err(NotRun::Program(io::Error::from_raw_os_error(number)))
+            }
+            Err(error) => Err(NotRun::Other(error)),
+        }
+    }
+
+    /// The process that becomes the program.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// A TCP socket of the namespace, not connected.
+    ///
+    /// # Errors
+    /// The guard has gone.
+    pub fn socket(guard: impl AsFd) -> io::Result<OwnedFd> {
+        passing::send(&guard, &ToGuard::Socket, &[])?;
+        match passing::receive::<FromGuard>(&guard)? {
+            Some((FromGuard::Socket, mut descriptors)) if !descriptors.is_empty() => {
+                Ok(descriptors.remove(0))
+            }
+            Some(_) | None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    /// The socket to the guard, for [`Namespace::socket`].
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn guard(&self) -> io::Result<OwnedFd> {
+        self.guard.try_clone()
+    }
+
+    /// Ends whatever still runs in there; says how many programs that were. Blocks until they have gone, or for 3 s.
+    pub fn end(self) -> usize {
+        drop(self.control);
+        if passing::send(&self.guard, &ToGuard::End, &[]).is_err() {
+            return 0;
+        }
+        match passing::receive::<FromGuard>(&self.guard) {
+            Ok(Some((FromGuard::Ended(count), _))) => count,
+            Ok(Some((FromGuard::Socket, _)) | None) | Err(_) => 0,
+        }
+    }
+}
