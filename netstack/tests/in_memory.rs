@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use smoltcp::socket::tcp::State;
 use support::{Impairment, Owner, Program, World};
-use tp_netstack::{Config, DialOutcome, Event, Unreachable};
+use tp_netstack::{Config, DialOutcome, Event, LONGEST_PACKET, Offload, Unreachable};
 
 const MINUTES: Duration = Duration::from_secs(600);
 
@@ -378,4 +378,149 @@ fn a_lossy_link_delays_bytes_and_loses_none() {
             "seed {seed}"
         );
     }
+}
+
+/// Hands a packet of the host's to the stack once more; what the stack says to it.
+fn repeat(world: &mut World, packet: &[u8]) -> Option<Vec<u8>> {
+    world
+        .stack
+        .handle_packet(world.now, packet, Offload::default());
+    let mut buffer = vec![0; LONGEST_PACKET];
+    let (len, _) = world.stack.poll_packet(world.now, &mut buffer)?;
+    Some(buffer[..len].to_vec())
+}
+
+const FIN: u8 = 1;
+const RST: u8 = 4;
+
+#[test]
+fn a_fin_repeated_after_the_end_is_acknowledged_for_ten_seconds_and_then_refused() {
+    let mut world = world();
+    world.record = true;
+    let mut owner = Owner::new(10);
+    let mut program = Program::connect(&mut world, 80, 10, 4096, 4096);
+    program.waits_for_fin = true;
+    run(&mut world, &mut owner, &mut program);
+    let fin = world
+        .seen
+        .iter()
+        .rev()
+        .find(|(up, packet)| *up && packet[33] & FIN != 0)
+        .unwrap()
+        .1
+        .clone();
+    let last = world
+        .seen
+        .iter()
+        .rev()
+        .find(|(up, _)| !*up)
+        .unwrap()
+        .1
+        .clone();
+    assert_eq!(world.stack.flow_count(), 0);
+
+    let answer = repeat(&mut world, &fin).unwrap();
+    assert_eq!(
+        answer[24..34],
+        last[24..34],
+        "the last acknowledgement once more"
+    );
+
+    world.now += Duration::from_secs(11);
+    assert_eq!(repeat(&mut world, &fin).unwrap()[33] & RST, RST);
+}
+
+#[test]
+fn memory_that_is_spent_refuses_new_flows_and_spares_the_old() {
+    let config = Config {
+        memory: 96 << 10,
+        ..Config::default()
+    };
+    let mut world = World::new(config, 1, Impairment::default());
+    let mut owner = Owner::new(100_000);
+    owner.waits_for_fin = true;
+    let mut programs: Vec<Program> = (0..5)
+        .map(|port| Program::connect(&mut world, 80 + port, 100_000, 65_536, 65_536))
+        .collect();
+
+    world.run(Duration::from_secs(30), |world| {
+        owner.serve(world);
+        programs.iter_mut().for_each(|program| program.pump(world));
+        false
+    });
+
+    let received: Vec<u64> = programs.iter().map(|program| program.received).collect();
+    assert_eq!(received, [100_000, 100_000, 100_000, 0, 0]);
+    assert_eq!(world.stack.counters().refused, 2);
+}
+
+#[test]
+fn packets_that_lie_are_counted_and_dropped() {
+    let mut world = world();
+    world.record = true;
+    let _program = Program::connect(&mut world, 80, 1, 4096, 4096);
+    world.exchange();
+    let syn = world.seen[0].1.clone();
+    let flows = world.stack.flow_count();
+    let lie = |at: usize, value: u8, sealed: bool| {
+        let mut packet = syn.clone();
+        packet[at] = value;
+        if sealed {
+            packet[10..12].fill(0);
+            let sum = !smoltcp::wire::checksum::data(&packet[..20]);
+            packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        }
+        packet
+    };
+    let before = world.stack.counters();
+
+    for packet in [
+        vec![],
+        vec![0x45],
+        lie(0, 0x4F, true),
+        lie(0, 0x75, false),
+        lie(3, 255, true),
+        syn[..30].to_vec(),
+    ] {
+        assert_eq!(repeat(&mut world, &packet), None);
+    }
+    assert_eq!(world.stack.counters().malformed, before.malformed + 6);
+
+    // The IPv4 header's checksum, TCP's own, and a data offset past the segment.
+    for packet in [lie(8, 1, false), lie(27, 9, false), lie(32, 0xF0, false)] {
+        assert_eq!(repeat(&mut world, &packet), None);
+    }
+    assert_eq!(world.stack.counters().bad_checksum, before.bad_checksum + 3);
+    assert_eq!(world.stack.flow_count(), flows);
+    world.stack.check();
+}
+
+#[test]
+fn a_segment_of_no_flow_is_refused_and_a_reset_is_not_answered() {
+    let mut world = world();
+    world.record = true;
+    let mut owner = Owner::new(10);
+    let mut program = Program::connect(&mut world, 80, 10, 4096, 4096);
+    run(&mut world, &mut owner, &mut program);
+    let data = world
+        .seen
+        .iter()
+        .find(|(up, packet)| *up && packet.len() > 40 && packet[33] & 2 == 0)
+        .unwrap()
+        .1
+        .clone();
+    let mut other = World::new(Config::default(), 1, Impairment::default());
+
+    let answer = repeat(&mut other, &data).unwrap();
+    assert_eq!(answer[33] & RST, RST);
+    assert_eq!(
+        answer[24..28],
+        data[28..32],
+        "sequence number = what the segment acknowledged"
+    );
+    let mut turned = answer.clone();
+    turned[12..16].copy_from_slice(&answer[16..20]);
+    turned[16..20].copy_from_slice(&answer[12..16]);
+    assert_eq!(repeat(&mut other, &turned), None);
+    assert_eq!(other.stack.counters().stray, 2);
 }
