@@ -1,9 +1,10 @@
 //! The two small HTTP ports: health for the kubelet, metrics for who may read them.
 //!
-//! Strangers reach both, so they get hyper's defaults, one request a connection, 16 connections at a time and five
-//! seconds each. Health says two constant words. Metrics asks the API server who the bearer is and whether RBAC grants
+//! Strangers reach both, so they get hyper's defaults, one request a connection, 64 connections at a time and five
+//! seconds each; with one more the oldest is dropped, so that silent ones do not keep the kubelet's probe waiting. Health says two constant words. Metrics asks the API server who the bearer is and whether RBAC grants
 //! `get` on the path `/metrics`.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,8 +23,7 @@ use k8s_openapi::api::authorization::v1::{
 use kube::api::PostParams;
 use kube::{Api, Client};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use crate::metrics::Metrics;
 use crate::reach::review_access;
@@ -36,28 +36,29 @@ pub trait Page: Send + Sync + 'static {
 
 /// Serves for ever.
 pub async fn serve(listener: TcpListener, page: Arc<dyn Page>) -> Infallible {
-    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     let mut connections = JoinSet::new();
+    let mut in_order: VecDeque<AbortHandle> = VecDeque::new();
     loop {
-        let place = Arc::clone(&places)
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
-        while connections.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => {
-                let page = Arc::clone(&page);
-                connections.spawn(async move {
-                    let _ = tokio::time::timeout(CONNECTION, answer(stream, page)).await;
-                    drop(place);
-                });
+                while connections.try_join_next().is_some() {}
+                in_order.retain(|connection| !connection.is_finished());
+                if in_order.len() >= MOST_CONNECTIONS
+                    && let Some(oldest) = in_order.pop_front()
+                {
+                    oldest.abort();
+                }
+                let answered = tokio::time::timeout(CONNECTION, answer(stream, Arc::clone(&page)));
+                in_order.push_back(connections.spawn(async move {
+                    let _ = answered.await;
+                }));
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
 
-const MOST_CONNECTIONS: usize = 16;
+const MOST_CONNECTIONS: usize = 64;
 
 /// From accept to the last byte.
 const CONNECTION: Duration = Duration::from_secs(5);
@@ -207,6 +208,37 @@ mod tests {
         stream.read_to_string(&mut answer).await.unwrap();
         server.abort();
         answer
+    }
+
+    #[tokio::test]
+    async fn silent_strangers_do_not_keep_a_probe_waiting() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, Arc::new(HealthPage { ready: || true })));
+        let mut silent = Vec::new();
+        for _ in 0..MOST_CONNECTIONS {
+            silent.push(TcpStream::connect(address).await.unwrap());
+        }
+
+        let probe = async {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream
+                .write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+                .await
+                .unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        let answer = tokio::time::timeout(CONNECTION / 2, probe).await.unwrap();
+
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert_eq!(
+            silent[0].read(&mut [0; 1]).await.unwrap_or(0),
+            0,
+            "the oldest made room"
+        );
+        server.abort();
     }
 
     #[tokio::test]
