@@ -50,6 +50,9 @@ pub enum NotAdmitted {
     /// No Session lists it.
     #[error("no Session lists the key")]
     Unknown,
+    /// Two Sessions of the same second list it, so whose it is cannot be told.
+    #[error("more than one Session of the same age lists the key")]
+    Ambiguous,
     /// Its Session was deleted a moment ago.
     #[error("the Session was deleted")]
     Deleted,
@@ -142,15 +145,19 @@ impl SessionTable {
     }
 
     /// Several Sessions may list one key, though only one can hold the private half. The oldest is its owner's: nobody
-    /// can have copied the hash before it was written.
+    /// can have copied the hash before it was written. Times have whole seconds, so a copy may be as old as its
+    /// original; then neither is believed, since a guess would let the owner work in another's namespace.
     fn find(&self, key: KeyHash) -> Result<Arc<LiveSession>, NotAdmitted> {
         let index = self.index();
-        let oldest = index.by_key.get(&key).and_then(|listing| {
-            listing
-                .iter()
-                .min_by(|a, b| (a.created, &a.uid).cmp(&(b.created, &b.uid)))
-        });
+        let listing = index.by_key.get(&key).ok_or(NotAdmitted::Unknown)?;
+        let oldest = listing.iter().min_by_key(|session| session.created);
         let session = oldest.ok_or(NotAdmitted::Unknown)?;
+        let as_old = listing
+            .iter()
+            .filter(|other| other.created == session.created);
+        if as_old.count() > 1 {
+            return Err(NotAdmitted::Ambiguous);
+        }
         check(session.standing()).map(|()| Arc::clone(session))
     }
 
@@ -441,6 +448,21 @@ mod tests {
         copy.metadata.creation_timestamp = Some(Time(wall() + SignedDuration::from_secs(5)));
         table.apply(&copy, wall());
 
+        assert_eq!(table.admit(key).await.unwrap().user.name, "ada");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_copy_made_within_the_second_admits_nobody() {
+        let (table, key) = (SessionTable::default(), key());
+        table.apply(&session("ada", key, 600), wall());
+        // Sorts before the original by name and uid.
+        let mut copy = session("a", key, 600);
+        copy.spec.user = "mallory".into();
+        copy.metadata.namespace = Some("mallory".into());
+        table.apply(&copy, wall());
+
+        assert_eq!(table.admit(key).await.unwrap_err(), NotAdmitted::Ambiguous);
+        table.delete(&copy);
         assert_eq!(table.admit(key).await.unwrap().user.name, "ada");
     }
 
