@@ -145,14 +145,11 @@ impl Rights {
         if answers.len() >= MOST_ANSWERS {
             answers.retain(|_, answer| answer.at.elapsed() < Self::KEPT);
         }
-        if answers.len() < MOST_ANSWERS {
-            answers.insert(
-                (Arc::clone(user), right.clone()),
-                Answer {
-                    allowed,
-                    at: Instant::now(),
-                },
-            );
+        let question = (Arc::clone(user), right.clone());
+        // An answer that is known is always replaced: an old one would stand while the API server is away.
+        if answers.len() < MOST_ANSWERS || answers.contains_key(&question) {
+            let at = Instant::now();
+            answers.insert(question, Answer { allowed, at });
         }
     }
 }
@@ -249,6 +246,21 @@ mod tests {
                 .await
                 .is_err()
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_memory_still_forgets_a_right_that_is_gone() {
+        let (switch, rights, ada, shop) = setting();
+        assert!(rights.allows(&ada, &shop).await.unwrap());
+        for number in 0..MOST_ANSWERS {
+            rights.remember(&ada, &Right::Egress(number.to_string().into()), false);
+        }
+
+        switch.0.0.store(0, SeqCst);
+        let asked_anew = Duration::ZERO;
+        assert!(!rights.allows_within(&ada, &shop, asked_anew).await.unwrap());
+
+        assert_eq!(rights.remembered(&ada, &shop), Some(false));
     }
 
     #[test]
