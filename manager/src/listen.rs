@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
-use tp_tunnel::carrier::tls::accept_tls;
+use tp_tunnel::carrier::tls::{ServerTls, accept_tls};
 use tp_tunnel::server::{Service, serve as serve_tunnel};
 use tp_tunnel::{Identity, KeyHash};
 
@@ -146,21 +147,22 @@ impl Shared {
     async fn introduce(
         &self,
         stream: TcpStream,
-    ) -> Result<(tp_tunnel::carrier::tls::ServerTls<TcpStream>, Admitted), String> {
+    ) -> Result<(ServerTls<TcpStream>, Admitted), String> {
         let (stream, key) = accept_tls(stream, &self.identity)
             .await
             .map_err(|error| chain(&error))?;
-        let admitted = self
-            .gate
-            .admit(key)
-            .await
-            .map_err(|reason| format!("{key}: {reason}"))?;
-        Ok((stream, admitted))
+        match self.gate.admit(key).await {
+            Ok(admitted) => Ok((stream, admitted)),
+            Err(reason) => {
+                turn_away(stream).await;
+                Err(format!("{key}: {reason}"))
+            }
+        }
     }
 
     async fn serve(
         &self,
-        stream: tp_tunnel::carrier::tls::ServerTls<TcpStream>,
+        stream: ServerTls<TcpStream>,
         peer: SocketAddr,
         admitted: Admitted,
     ) {
@@ -181,6 +183,22 @@ impl Shared {
         };
         tracing::info!(%peer, who, reason, "disconnected");
     }
+}
+
+/// How long a peer that is turned away may take to hear of it, and how much of what it says is thrown away meanwhile.
+const FAREWELL: (Duration, u64) = (Duration::from_secs(1), 64 * 1024);
+
+/// Ends TLS in good order, so that the peer can tell a refusal from a cut. What it has sent is taken off the socket
+/// unread and undecrypted: closing over it would be a reset, which overtakes the farewell.
+async fn turn_away(mut stream: ServerTls<TcpStream>) {
+    let (patience, most) = FAREWELL;
+    let farewell = async {
+        stream.shutdown().await?;
+        let (socket, _) = stream.get_mut();
+        tokio::io::copy(&mut socket.take(most), &mut tokio::io::sink()).await
+    };
+    // The peer may be gone, or may not listen: then there is nobody to tell.
+    let _ = tokio::time::timeout(patience, farewell).await;
 }
 
 /// Small messages leave at once, and the kernel holds no more unsent than a scheduler's turn: what waits in it cannot

@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tp_manager::standalone::{Options, run};
 use tp_manager_api::{CLUSTER_PATH, ClusterView, HEALTH_PATH};
 use tp_tunnel::carrier::tls::connect_tls;
-use tp_tunnel::{DialErrorKind, Identity, KeyHash, OpenError, Target, Tunnel};
+use tp_tunnel::{DialErrorKind, Identity, KeyHash, OpenError, Target, Tunnel, TunnelError};
 
 /// An address of this machine that others could reach. None needs to be reachable: no packet leaves.
 fn own_address() -> IpAddr {
@@ -204,7 +204,7 @@ async fn each_failure_has_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unlisted_key_gets_no_http() {
+async fn an_unlisted_key_gets_no_http_and_is_told() {
     let manager = Manager::for_this_machine(&Identity::generate()).await;
 
     let outcome = timeout(
@@ -214,7 +214,11 @@ async fn an_unlisted_key_gets_no_http() {
     .await
     .unwrap();
 
-    assert!(outcome.is_err());
+    assert_eq!(
+        outcome.err(),
+        Some(TunnelError::NotAdmitted.to_string()),
+        "a refusal, not a cut"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -63,7 +63,7 @@ impl fmt::Debug for Tunnel {
 
 impl Tunnel {
     /// Speaks HTTP/2 over a secured carrier. Returns when the peer has answered a first ping, so its settings are known
-    /// and it has not refused us.
+    /// and it has not refused us; one that refuses is [`TunnelError::NotAdmitted`].
     ///
     /// Dropping the future drops the carrier.
     pub async fn establish(io: impl ByteStream) -> Result<(Self, Driver), TunnelError> {
@@ -106,6 +106,9 @@ impl Tunnel {
     /// Drives the connection until the first pong.
     async fn answered(&self, driver: &mut Driver) -> Result<(), TunnelError> {
         poll_fn(|cx| match Pin::new(&mut *driver).poll(cx) {
+            Poll::Ready(_) if self.link.meter.turned_away() => {
+                Poll::Ready(Err(TunnelError::NotAdmitted))
+            }
             Poll::Ready(ended) => Poll::Ready(Err(ended.err().unwrap_or(TunnelError::GoingAway))),
             Poll::Pending if self.round_trip().is_some() => Poll::Ready(Ok(())),
             Poll::Pending => Poll::Pending,

@@ -18,6 +18,9 @@ pub enum TunnelError {
     /// The peer announced that it takes no more streams.
     #[error("the peer is going away")]
     GoingAway,
+    /// The peer ended the carrier in good order before its first byte: it does not want this key.
+    #[error("the peer does not admit this key")]
+    NotAdmitted,
     /// This side closed the tunnel.
     #[error("the tunnel is closed")]
     Closed,

@@ -63,17 +63,27 @@ pub(crate) fn server_builder(settings: &Settings) -> h2::server::Builder {
     builder
 }
 
-/// The carrier under h2, counting what it delivers: every byte is a sign of life.
+/// The carrier under h2. Counts what it delivers, since every byte is a sign of life, and ends the driver's turn after
+/// a few frames.
+///
+/// h2 reads for as long as there is something to read. The flows would wait meanwhile, then find megabytes that the
+/// processor's cache has forgotten, and a small answer would wait with them.
 pub(crate) struct Wire<IO> {
     io: IO,
     meter: Arc<Meter>,
+    /// Bytes read in this turn.
+    turn: usize,
 }
+
+/// Bytes read from the carrier before the flows have their turn.
+const TURN: usize = 128 * 1024;
 
 impl<IO> Wire<IO> {
     pub(crate) fn new(io: IO, link: &Link) -> Self {
         Self {
             io,
             meter: Arc::clone(&link.meter),
+            turn: 0,
         }
     }
 }
@@ -84,10 +94,31 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Wire<IO> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.turn >= TURN {
+            self.turn = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.io).poll_read(cx, buf);
-        self.meter.add_heard(buf.filled().len() - before);
-        polled
+        let heard = buf.filled().len() - before;
+        self.meter.add_heard(heard);
+        self.turn = match polled {
+            Poll::Ready(_) => self.turn + heard,
+            Poll::Pending => 0,
+        };
+        if heard == 0 && buf.remaining() > 0 && matches!(polled, Poll::Ready(Ok(()))) {
+            self.meter.set_ended();
+        }
+        polled.map_err(cut)
+    }
+}
+
+/// TLS names an end without a farewell by a lecture with a link; one clause says it.
+fn cut(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => io::Error::new(error.kind(), "it ended without a farewell"),
+        _ => error,
     }
 }
 

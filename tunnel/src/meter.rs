@@ -1,7 +1,7 @@
 //! Counters of one connection, shared by its flows and its driver.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Monotonic counters but for the gauge of open flows. Relaxed: nothing is ordered by them.
@@ -11,6 +11,7 @@ pub(crate) struct Meter {
     sent: AtomicU64,
     received: AtomicU64,
     heard: AtomicU64,
+    ended: AtomicBool,
     round_trip_ns: AtomicU64,
 }
 
@@ -47,6 +48,16 @@ impl Meter {
 
     pub(crate) fn add_heard(&self, bytes: usize) {
         self.heard.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// The peer ended the carrier in good order: TLS said so, it was not just cut.
+    pub(crate) fn set_ended(&self) {
+        self.ended.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the peer ended the carrier in good order without a byte before.
+    pub(crate) fn turned_away(&self) -> bool {
+        self.ended.load(Ordering::Relaxed) && self.heard() == 0
     }
 
     pub(crate) fn round_trip(&self) -> Option<Duration> {

@@ -72,6 +72,14 @@ impl SessionLease {
         })
     }
 
+    /// What to do when the manager does not see it.
+    pub fn whereabouts(&self) -> String {
+        format!(
+            "`kubectl -n {} get sessions.tp.dev {}` shows whether it is still there; the manager's log says why it was refused",
+            self.namespace, self.name
+        )
+    }
+
     /// Makes sure before a dial that the object is there and lives: creates it, renews it when half of its time is
     /// over, and makes it anew when it expired while this machine slept. Cancel safe.
     ///

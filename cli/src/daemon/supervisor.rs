@@ -318,18 +318,20 @@ impl Supervisor {
         })
     }
 
-    fn not_admitted(&self, place: &Place, error: &dyn std::error::Error) -> Unmet {
-        let failure = Failure::new(format!(
-            "the manager at {} does not let this connection in",
-            place.name
-        ))
-        .caused_by(error);
-        Unmet::passing(match self.session {
-            Some(_) => failure,
-            None => failure.hint(format!(
-                "does the manager list this key? its hash is {}",
-                self.identity.key_hash()
-            )),
+    fn not_admitted(&self, place: &Place, error: &TunnelError) -> Unmet {
+        let name = &place.name;
+        Unmet::passing(match (error, &self.session) {
+            (TunnelError::NotAdmitted, None) => {
+                Failure::new(format!("the manager at {name} does not know this key")).hint(format!(
+                    "whoever runs it lists the key's hash in its authorized keys: {}",
+                    self.identity.key_hash()
+                ))
+            }
+            (TunnelError::NotAdmitted, Some(session)) => Failure::new(format!(
+                "the manager at {name} does not know this connection's Session"
+            ))
+            .hint(session.whereabouts()),
+            (_, _) => Failure::new(format!("no tunnel to the manager at {name}")).caused_by(error),
         })
     }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use http::{Request, Response};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::AbortHandle;
 use tp_tunnel::carrier::tls::accept_tls;
@@ -232,11 +233,15 @@ struct Supervised {
 }
 
 fn supervise(cluster: &Arc<Cluster>) -> Supervised {
+    supervise_by(Box::new(InMemory(cluster.clone())))
+}
+
+fn supervise_by(dialer: Box<dyn CarrierDialer>) -> Supervised {
     let (tunnel_tx, tunnel_rx) = watch::channel(None);
     let (split_tx, _) = watch::channel(Arc::new(Split::default()));
     let (facts_tx, facts_rx) = watch::channel(Facts::default());
     let supervisor = Supervisor {
-        dialer: Box::new(InMemory(cluster.clone())),
+        dialer,
         identity: Identity::generate(),
         session: None,
         rules: UserRules::default(),
@@ -373,4 +378,45 @@ async fn a_replica_with_another_key_is_not_spoken_to() {
 
     assert!(refused.is_err());
     assert!(server.await.unwrap().is_err());
+}
+
+/// Admits nobody: it ends TLS in good order before the first byte of HTTP.
+struct Doorman(Identity);
+
+impl CarrierDialer for Doorman {
+    fn kind(&self) -> CarrierKind {
+        CarrierKind::Direct
+    }
+
+    fn places(&self) -> BoxFuture<'_, Result<Vec<Place>, Unmet>> {
+        let key = self.0.key_hash();
+        let name = "door".to_owned();
+        async move { Ok(vec![Place { name, port: 0, key }]) }.boxed()
+    }
+
+    fn dial<'a>(&'a self, _: &'a Place) -> BoxFuture<'a, Result<BoxedStream, Unmet>> {
+        let identity = self.0.clone();
+        async move {
+            let (ours, theirs) = tokio::io::duplex(64 * 1024);
+            tokio::spawn(async move {
+                let (mut secured, _) = accept_tls(theirs, &identity).await.unwrap();
+                secured.shutdown().await.unwrap();
+                tokio::io::copy(secured.get_mut().0, &mut tokio::io::sink()).await
+            });
+            let ours: BoxedStream = Box::new(ours);
+            Ok(ours)
+        }
+        .boxed()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manager_that_does_not_know_the_key_is_told_from_a_cut() {
+    let supervised = supervise_by(Box::new(Doorman(Identity::generate())));
+
+    let failure = supervised.task.await.unwrap().unwrap_err();
+
+    assert_eq!(failure.what, "the manager at door does not know this key");
+    assert_eq!(failure.why, [""; 0], "one line says it all");
+    assert!(failure.hint.unwrap().contains("sha256:"));
 }
