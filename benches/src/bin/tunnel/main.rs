@@ -1,6 +1,7 @@
 //! How fast is the tunnel, beside plain loopback and beside `ssh -L`?
 //!
-//! `tunnel [loopback|ssh|streams|stalled|idle]...` prints one table for each question (all by default). Every end runs in a
+//! `tunnel [loopback|ssh|streams|stalled|idle]...` prints one table for each question (all by default); `BENCH_ROUNDS=3`
+//! makes it shorter. Every end runs in a
 //! process of its own with one thread, as on two machines: load generator, entry, exit and the far peer. Rounds of the
 //! compared paths alternate, so that a busy machine slows all of them alike.
 
@@ -18,7 +19,13 @@ use table::Table;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const ROUNDS: usize = 7;
+/// Rounds of each measurement.
+fn rounds() -> usize {
+    const DEFAULT: usize = 7;
+    let asked = std::env::var("BENCH_ROUNDS").ok();
+    asked.and_then(|rounds| rounds.parse().ok()).unwrap_or(DEFAULT)
+}
+
 const MIB: u64 = 1 << 20;
 
 fn main() -> anyhow::Result<()> {
@@ -58,7 +65,7 @@ fn loopback() -> anyhow::Result<()> {
         "loopback",
     );
     for direction in [Direction::Up, Direction::Down] {
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds() {
             table.add(
                 direction,
                 "loopback",
@@ -91,7 +98,7 @@ fn ssh_forward() -> anyhow::Result<()> {
         let title = format!("B12 tunnel with TLS / ssh -L, {flows} flow(s), MB/s (target >= 2)");
         let mut table = Table::new(&title, "ssh -L");
         for direction in [Direction::Up, Direction::Down] {
-            for _ in 0..ROUNDS {
+            for _ in 0..rounds() {
                 table.add(
                     direction,
                     "ssh -L",
@@ -110,7 +117,7 @@ fn ssh_forward() -> anyhow::Result<()> {
         "new connection to first echoed byte and 1-byte round trip, us p50",
         "ssh -L",
     );
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds() {
         for (name, path) in [("ssh -L", &ssh), ("h2 + TLS", &tls)] {
             table.add(
                 "connect",
@@ -137,7 +144,7 @@ fn streams() -> anyhow::Result<()> {
         let title = format!("B16 {name}: 64 flows / 1 flow, aggregate MB/s (target >= 0.8)");
         let mut table = Table::new(&title, "1 flow");
         for direction in [Direction::Up, Direction::Down] {
-            for _ in 0..ROUNDS {
+            for _ in 0..rounds() {
                 table.add(
                     direction,
                     "1 flow",
@@ -169,7 +176,7 @@ fn stalled() -> anyhow::Result<()> {
         "idle p99",
     );
     for direction in [Direction::Up, Direction::Down] {
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds() {
             table.add(
                 direction,
                 "idle p99",

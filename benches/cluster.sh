@@ -1,0 +1,43 @@
+#!/bin/bash
+# C1 to C5 and C8 on the test cluster: prepares the far end, runs the bench in the laptop namespace, removes what it made.
+# Needs `make cluster` and an installed manager; usage: benches/cluster.sh BIN_DIR BENCH_DIR, the folders of tp and impair and of the benches.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+cluster=$here/../tests/cluster
+. "$cluster/env.sh"
+bin_dir=$(realpath "$1") bench=$(realpath "$2") tp=$(realpath "$1")/tp
+export KUBECONFIG=$CLUSTER_DIR/kubeconfig
+work=$(mktemp -d)
+cleanup() { kubectl delete namespace bench --ignore-not-found --wait=false >/dev/null 2>&1 || true; rm -rf "$work"; }
+trap cleanup EXIT
+# Dynamic binary: mkimage copies the libraries it names.
+cp "$bench/peer" "$work/peer"
+libraries=()
+while read -r library; do libraries+=("$library=$library"); done < <(ldd "$work/peer" | grep -o '/[^ ]*' || true)
+python3 "$cluster/mkimage.py" "$work/peer.tar" lab.local/bench-peer:dev --entrypoint '["/peer"]' "$work/peer=/peer" "${libraries[@]}" >/dev/null
+"$cluster/load.sh" "$work/peer.tar" >/dev/null
+kubectl get namespace bench >/dev/null 2>&1 || kubectl create namespace bench >/dev/null
+kubectl apply -f - >/dev/null <<'Y'
+apiVersion: v1
+kind: Pod
+metadata: {name: peer, namespace: bench, labels: {app: peer}}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers: [{name: peer, image: "lab.local/bench-peer:dev"}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: peer, namespace: bench}
+spec: {selector: {app: peer}, ports: [{name: bench, port: 7000}, {name: server-first, port: 7001}]}
+Y
+kubectl -n bench wait --for=condition=Ready pod/peer --timeout=60s >/dev/null
+export TP_BIN=$tp PEER=peer.bench.svc PEER_POD=bench/peer XDG_RUNTIME_DIR=$work
+"$cluster/laptop.sh" "$bench/through_cluster"
+
+# The same connections over a link of 20 ms round trip: a relay on the laptop's loopback, which the kubeconfig then names.
+coproc link { "$cluster/laptop.sh" "$bin_dir/impair" 127.0.0.1:0 "$NODE:$API_PORT" 1; }
+read -r _ address <&"${link[0]}"
+echo 'delay 10' >&"${link[1]}"; read -r _ <&"${link[0]}"
+sed "s|server: \"https://$NODE:$API_PORT\"|server: \"https://$address\", tls-server-name: $NODE|" "$CLUSTER_DIR/kubeconfig-laptop" >"$work/slow"
+echo; echo "round trip to the API server: 20 ms"
+ip netns exec k8s-laptop env KUBECONFIG="$work/slow" "$bench/through_cluster" --connections-only
