@@ -9,7 +9,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::flow_control::{Holds, Lane, Turns, connection_window};
 use crate::meter::{Meter, OpenFlow};
-use crate::settings::{DATA_FRAME_BUDGET, FRAME_MAX, HEADER_BLOCK_MAX, RESETS_MAX, Settings};
+use crate::settings::{
+    DATA_FRAME_BUDGET, FRAME_MAX, HEADER_BLOCK_MAX, RESETS_MAX, Settings, UNSEEN_RESETS_MAX,
+};
 
 /// Shared by the flows of one connection and its driver.
 pub(crate) struct Link {
@@ -45,7 +47,7 @@ macro_rules! configure {
             .max_header_list_size(HEADER_BLOCK_MAX)
             .max_concurrent_streams($settings.streams_max)
             .max_concurrent_reset_streams(RESETS_MAX)
-            .max_pending_accept_reset_streams(RESETS_MAX)
+            .max_pending_accept_reset_streams(UNSEEN_RESETS_MAX)
             .max_local_error_reset_streams(None)
             .data_frame_budget(DATA_FRAME_BUDGET)
     };

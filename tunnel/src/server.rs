@@ -9,12 +9,13 @@ use std::task::Poll;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use h2::RecvStream;
 use h2::ext::Protocol;
 use h2::server::{Connection, SendResponse};
+use h2::{Reason, RecvStream};
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::carrier::ByteStream;
@@ -23,7 +24,7 @@ use crate::error::TunnelError;
 use crate::flow_control::{Frame, Pulse, Role};
 use crate::link::{Link, Wire, server_builder};
 use crate::proxy_status::{DialError, PROXY_STATUS};
-use crate::settings::{CONTROL_REQUEST_MAX, DNS_MESSAGE_MAX, Settings};
+use crate::settings::{CONTROL_REQUEST_MAX, DNS_MESSAGE_MAX, Settings, UNANSWERED_MAX};
 use crate::streams::body::{self, BodyError};
 use crate::streams::{DatagramFlow, Flow, FlowSender, datagram, relay};
 use crate::target::Target;
@@ -78,6 +79,7 @@ pub async fn serve_with(
         Arc::clone(&link.holds),
     );
     let mut streams = JoinSet::new();
+    let unanswered = Arc::new(Semaphore::new(UNANSWERED_MAX));
     let mut draining = false;
     let ended = poll_fn(|cx| {
         if !draining && shutdown.as_mut().poll(cx).is_ready() {
@@ -86,10 +88,15 @@ pub async fn serve_with(
         }
         loop {
             match connection.poll_accept(cx) {
-                Poll::Ready(Some(Ok((request, respond)))) => {
+                Poll::Ready(Some(Ok((request, mut respond)))) => {
+                    let Ok(waiting) = Arc::clone(&unanswered).try_acquire_owned() else {
+                        respond.send_reset(Reason::REFUSED_STREAM);
+                        continue;
+                    };
                     let handler = Handler {
                         service: Arc::clone(&service),
                         link: Arc::clone(&link),
+                        waiting,
                     };
                     streams.spawn(handler.handle(request, respond));
                 }
@@ -124,6 +131,8 @@ fn report(joined: Result<(), tokio::task::JoinError>) {
 struct Handler {
     service: Arc<dyn Service>,
     link: Arc<Link>,
+    /// One of the places for streams without an answer yet.
+    waiting: OwnedSemaphorePermit,
 }
 
 type Respond = SendResponse<Frame>;
@@ -158,6 +167,7 @@ impl Handler {
         // The request's body stays untouched meanwhile: what the client sends early waits in the stream's window.
         match unless_cancelled(respond, self.service.dial(target)).await? {
             Ok(tcp) => {
+                drop(self.waiting);
                 let stream = respond.send_response(Response::new(()), false)?;
                 relay(Flow::new(stream, request.into_body(), self.link), tcp).await;
                 Ok(())
@@ -176,6 +186,7 @@ impl Handler {
         };
         match unless_cancelled(respond, self.service.associate(target)).await? {
             Ok(socket) => {
+                drop(self.waiting);
                 let mut response = Response::new(());
                 response
                     .headers_mut()

@@ -48,11 +48,19 @@ pub(crate) const FRAME_PAYLOAD: usize = 32 * 1024 - 9;
 /// What one connection accepts as a DATA frame. Larger than ours, so that another client's 32 KiB frames pass.
 pub(crate) const FRAME_MAX: u32 = 32 * 1024;
 
-/// Largest decoded header block; ours are a few hundred bytes.
-pub(crate) const HEADER_BLOCK_MAX: u32 = 16 * 1024;
+/// Largest decoded header block; ours are a few hundred bytes. Every stream that waits for its dial holds one.
+pub(crate) const HEADER_BLOCK_MAX: u32 = 4 * 1024;
 
-/// Resets remembered or waiting to be seen, at any moment. Port scanners and test suites reset a lot.
+/// Own resets remembered at any moment. Port scanners and test suites reset a lot.
 pub(crate) const RESETS_MAX: usize = 100_000;
+
+/// Streams that the peer opened and reset before they were even looked at. Streams are looked at in every turn, so
+/// only a flood of resets (CVE-2023-44487) gets there; it ends its own connection.
+pub(crate) const UNSEEN_RESETS_MAX: usize = 1_024;
+
+/// Streams of one connection that wait for a dial or an answer at any moment; more are refused with REFUSED_STREAM. It
+/// bounds what a peer makes us hold before anything of it has proven useful.
+pub(crate) const UNANSWERED_MAX: usize = 4_096;
 
 /// h2 charges small unread DATA frames against this budget and ends the connection when it is spent; the windows
 /// already bound what a peer can make us hold.
