@@ -72,7 +72,9 @@ fn read_one(path: &Path) -> Result<Option<Kubeconfig>, Failure> {
 }
 
 fn unreadable(path: &Path, error: &dyn std::error::Error) -> Failure {
-    Failure::new(format!("cannot read the kubeconfig {}", path.display())).caused_by(error)
+    Failure::new(format!("cannot read the kubeconfig {}", path.display()))
+        .caused_by(error)
+        .hint("correct the file, or choose another with `--kubeconfig`")
 }
 
 fn missing(paths: &[PathBuf]) -> Failure {
