@@ -204,18 +204,15 @@ impl Laptop {
             .collect()
     }
 
-    /// The process id of the user's one `tp` daemon.
+    /// The process id of the daemon of the user's one connection.
     #[track_caller]
     pub fn daemon(&self) -> u32 {
-        let tp: Vec<(u32, String)> = self
-            .processes()
-            .into_iter()
-            .filter(|(_, line)| line.contains("/tp "))
-            .collect();
-        let [(pid, _)] = tp.as_slice() else {
-            panic!("not one tp process but {tp:?}")
-        };
-        *pid
+        let status = self.status();
+        let pid = status["connections"][0]["pid"]
+            .as_u64()
+            .and_then(|pid| u32::try_from(pid).ok());
+        pid.filter(|pid| owner(*pid) == Some(self.uid))
+            .unwrap_or_else(|| panic!("no daemon of ours in {status}"))
     }
 }
 

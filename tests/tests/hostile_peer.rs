@@ -167,32 +167,42 @@ fn a_flood_of_one_session_disturbs_no_other() {
     let (memory_before, processes_before) = (memory(), cluster.manager_processes());
     let mut flow = tp.spawn_probe(&["tcp", "PROXY", "web", "7"]);
 
-    for case in [
-        "rapid-reset",
+    let floods = [
         "settings-flood",
         "ping-flood",
         "continuation",
         "empty-data",
+        "rapid-reset",
         "header-bomb",
-    ] {
-        std::thread::scope(|scope| {
+    ];
+    for case in floods {
+        let (mut slowest, mut largest) = (Duration::ZERO, 0);
+        let said = std::thread::scope(|scope| {
             let flood = scope.spawn(|| attacker.case(case, true));
-            let mut slowest = Duration::ZERO;
             while !flood.is_finished() {
                 let start = Instant::now();
                 assert_eq!(tp.get("http://web/"), "hello-from-probe\n", "{case}");
                 slowest = slowest.max(start.elapsed());
+                assert_eq!(
+                    cluster.manager_processes(),
+                    processes_before,
+                    "{case} ended a replica"
+                );
+                largest = largest.max(memory());
             }
-            let said = flood.join().unwrap();
-            assert!(
-                slowest < Duration::from_secs(2),
-                "{case}: a request took {slowest:?}: {said}"
-            );
+            flood.join().unwrap()
         });
-        let grown = memory().saturating_sub(memory_before);
+        let grown = largest.saturating_sub(memory_before);
+        println!(
+            "{case}: slowest request {slowest:?}, managers grew by {grown} bytes at most, the flood saw {said}"
+        );
         assert!(
-            grown < 64 << 20,
-            "{case}: the managers grew by {grown} bytes"
+            slowest < Duration::from_secs(4),
+            "{case}: a request took {slowest:?}: {said}"
+        );
+        assert!(
+            grown < 96 << 20,
+            "{case}: the managers grew by {grown} bytes: {said}"
         );
     }
     flow.send(b"still the same flow");
@@ -227,7 +237,6 @@ fn no_right_of_the_managers_account_goes_beyond_what_it_needs() {
         ("create", "pods"),
         ("create", "pods/exec"),
         ("create", "sessions.tp.dev"),
-        ("delete", "sessions.tp.dev"),
         ("update", "deployments"),
         ("impersonate", "users"),
         ("create", "rolebindings"),

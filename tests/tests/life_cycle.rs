@@ -314,8 +314,11 @@ fn ranges_that_the_laptop_uses_itself_are_said_with_the_flag_that_helps() {
                 .args(arguments),
         )
     };
-    ip(&["link", "add", "overlap0", "type", "dummy"]);
-    ip(&["addr", "add", "10.244.7.1/24", "dev", "overlap0"]);
+    ip(&[
+        "link", "add", "overlap0", "type", "veth", "peer", "name", "overlap1",
+    ]);
+    ip(&["link", "set", "overlap1", "up"]);
+    ip(&["addr", "add", "10.96.7.1/24", "dev", "overlap0"]);
     ip(&["link", "set", "overlap0", "up"]);
 
     let run = laptop.tp(&["connect", "--listen", "127.0.0.1:0"]);
@@ -323,7 +326,7 @@ fn ranges_that_the_laptop_uses_itself_are_said_with_the_flag_that_helps() {
     ip(&["link", "del", "overlap0"]);
     let said = run.ok().err();
     assert!(
-        said.contains("10.244.7.0/24") && said.contains("overlap0"),
+        said.contains("10.96.7.0/24") && said.contains("overlap0"),
         "{said}"
     );
     assert!(said.contains("--never-proxy"), "{said}");
