@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use k8s_openapi::api::authentication::v1::{SelfSubjectReview, UserInfo};
@@ -17,7 +19,7 @@ use kube::Client;
 use kube::api::{Api, PostParams};
 use serde::{Deserialize, Serialize};
 
-use crate::report::Failure;
+use crate::report::{self, Failure};
 
 mod files;
 mod merge;
@@ -103,6 +105,7 @@ impl Selectors {
             context: chosen.context,
             server: server.trim_end_matches('/').to_owned(),
             address,
+            refused: Arc::default(),
             answer_within: self.answer_within().unwrap_or(ANSWER_WITHIN),
         })
     }
@@ -127,6 +130,8 @@ pub struct Cluster {
     /// URL of the API server, without a slash at the end.
     pub server: String,
     address: String,
+    /// The API server has answered 401; shared by clones.
+    refused: Arc<AtomicBool>,
     answer_within: Duration,
 }
 
@@ -176,6 +181,16 @@ impl Cluster {
         Ok(answer.status.is_some_and(|status| status.allowed))
     }
 
+    /// Whether the API server has refused these credentials (401). They will not get better: load the cluster anew.
+    pub fn is_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// For requests that do not go through [`Cluster::in_time`].
+    pub fn set_refused(&self) {
+        self.refused.store(true, Ordering::Relaxed);
+    }
+
     /// Waits for one answer of the API server, at most `--request-timeout`, by default 5 s.
     ///
     /// # Errors
@@ -185,7 +200,12 @@ impl Cluster {
         request: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, Failure> {
         match tokio::time::timeout(self.answer_within, request).await {
-            Ok(answer) => answer.map_err(Failure::from),
+            Ok(answer) => answer.map_err(|error| {
+                if report::status_of(&error) == Some(401) {
+                    self.set_refused();
+                }
+                error.into()
+            }),
             Err(elapsed) => Err(transport::no_answer(&self.address, elapsed)),
         }
     }
@@ -369,6 +389,7 @@ mod tests {
             context: chosen.context,
             server: format!("http://{address}"),
             address: address.to_string(),
+            refused: Arc::default(),
             answer_within: Duration::from_millis(200),
         };
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 mod kubernetes;
 
-pub use kubernetes::is_denial;
+pub use kubernetes::{is_denial, status_of};
 
 /// Exit code of a command that failed.
 pub const FAILED: u8 = 1;

@@ -138,6 +138,7 @@ fn lines(status: &ConnectionStatus) -> Vec<(&'static str, String)> {
             .map(|cut| ("last cut", cut_line(cut))),
     );
     lines.extend(status.error.iter().map(|error| ("error", error.clone())));
+    lines.extend(status.hint.iter().map(|hint| ("hint", hint.clone())));
     lines.extend(
         status
             .warnings
@@ -233,6 +234,7 @@ mod tests {
         status.state = State::Reconnecting;
         status.last_cut = Some(cut);
         status.error = Some("the API\u{1b} is away".into());
+        status.hint = Some("is the cluster up?".into());
 
         let text = block(&status);
 
@@ -241,6 +243,7 @@ mod tests {
             text.contains("last cut  1970-01-01 00:00:00Z (no pong)"),
             "{text}"
         );
+        assert!(text.contains("  hint      is the cluster up?\n"), "{text}");
         assert!(!text.contains('\u{1b}'));
     }
 

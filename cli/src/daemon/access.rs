@@ -7,6 +7,7 @@ use tp_tunnel::Identity;
 
 use super::carrier::{CarrierDialer, Direct, Finder, Place, PortForward};
 use super::key_file;
+use super::login::Login;
 use super::parameters::{Parameters, Way};
 use super::session::SessionLease;
 use super::supervisor::one_line;
@@ -17,7 +18,7 @@ use crate::temporary::{self, TemporaryManager};
 /// See the module.
 pub struct Access {
     identity: Identity,
-    cluster: Option<Cluster>,
+    login: Option<Login>,
     namespace: String,
     manager_namespace: Option<String>,
     lease: Option<Arc<SessionLease>>,
@@ -30,23 +31,23 @@ impl Access {
     /// # Errors
     /// The kubeconfig or the key file cannot be used.
     pub async fn new(parameters: &Parameters) -> Result<Self, Failure> {
-        let (identity, cluster) = match &parameters.way {
+        let (identity, login) = match &parameters.way {
             Way::Standalone { key, .. } => (key_file::read(key)?, None),
             Way::PortForward | Way::Direct { .. } | Way::Temporary { .. } => (
                 Identity::generate(),
-                Some(parameters.selectors.load().await?),
+                Some(Login::new(&parameters.selectors).await?),
             ),
         };
-        let namespace = match (&parameters.namespace, &cluster) {
+        let namespace = match (&parameters.namespace, &login) {
             (Some(namespace), _) => namespace.clone(),
-            (None, Some(cluster)) => cluster.namespace.clone(),
+            (None, Some(login)) => login.last().namespace,
             (None, None) => String::new(),
         };
         let admitted_by_session = matches!(parameters.way, Way::PortForward | Way::Direct { .. });
-        let lease = cluster.clone().filter(|_| admitted_by_session);
-        let lease = lease.map(|cluster| {
+        let lease = login.clone().filter(|_| admitted_by_session);
+        let lease = lease.map(|login| {
             Arc::new(SessionLease::new(
-                cluster,
+                login,
                 namespace.clone(),
                 identity.key_hash(),
             ))
@@ -58,7 +59,7 @@ impl Access {
         };
         Ok(Self {
             identity,
-            cluster,
+            login,
             namespace,
             manager_namespace,
             lease,
@@ -71,19 +72,26 @@ impl Access {
         &self.identity
     }
 
+    /// The user's access to the cluster, where there is one.
+    pub fn login(&self) -> Option<&Login> {
+        self.login.as_ref()
+    }
+
     /// The cluster, where there is one.
-    pub fn cluster(&self) -> Option<&Cluster> {
-        self.cluster.as_ref()
+    pub fn cluster(&self) -> Option<Cluster> {
+        self.login.as_ref().map(Login::last)
     }
 
     /// Its context's name; empty without.
-    pub fn context(&self) -> &str {
-        self.cluster.as_ref().map_or("", |cluster| &cluster.context)
+    pub fn context(&self) -> String {
+        self.cluster()
+            .map_or_else(String::new, |cluster| cluster.context)
     }
 
     /// Its API server's URL; empty without.
-    pub fn server(&self) -> &str {
-        self.cluster.as_ref().map_or("", |cluster| &cluster.server)
+    pub fn server(&self) -> String {
+        self.cluster()
+            .map_or_else(String::new, |cluster| cluster.server)
     }
 
     /// The namespace connected to; empty without Kubernetes.
@@ -109,11 +117,11 @@ impl Access {
         &mut self,
         parameters: &Parameters,
     ) -> Result<Box<dyn CarrierDialer>, Failure> {
-        let finder = |cluster: &Cluster| Finder {
-            cluster: cluster.clone(),
+        let finder = |login: &Login| Finder {
+            login: login.clone(),
             namespace: parameters.manager_namespace.clone(),
         };
-        let way: Box<dyn CarrierDialer> = match (&parameters.way, &self.cluster) {
+        let way: Box<dyn CarrierDialer> = match (&parameters.way, &self.login) {
             (
                 Way::Standalone {
                     address,
@@ -122,12 +130,13 @@ impl Access {
                 },
                 _,
             ) => Box::new(Direct::pinned(address.clone(), *manager_key)),
-            (Way::Direct { address }, Some(cluster)) => {
-                Box::new(Direct::found(address.clone(), finder(cluster)))
+            (Way::Direct { address }, Some(login)) => {
+                Box::new(Direct::found(address.clone(), finder(login)))
             }
-            (Way::PortForward, Some(cluster)) => Box::new(PortForward::installed(finder(cluster))),
-            (Way::Temporary { image }, Some(cluster)) => {
-                let cluster = cluster.clone();
+            (Way::PortForward, Some(login)) => Box::new(PortForward::installed(finder(login))),
+            (Way::Temporary { image }, Some(login)) => {
+                let login = login.clone();
+                let cluster = login.cluster().await?;
                 let manager =
                     temporary::start(&cluster, &self.namespace, image, self.identity.key_hash())
                         .await?;
@@ -137,7 +146,7 @@ impl Access {
                     key: manager.key_hash,
                 };
                 self.temporary = Some(manager);
-                Box::new(PortForward::to_pod(cluster, self.namespace.clone(), place))
+                Box::new(PortForward::to_pod(login, self.namespace.clone(), place))
             }
             (Way::Direct { .. } | Way::PortForward | Way::Temporary { .. }, None) => {
                 unreachable!("every way but the standalone one loads a cluster")
@@ -156,8 +165,8 @@ impl Access {
                 "session not deleted; it will expire"
             );
         }
-        if let (Some(manager), Some(cluster)) = (self.temporary.take(), &self.cluster)
-            && let Err(failure) = manager.stop(cluster, &self.namespace).await
+        if let (Some(manager), Some(login)) = (self.temporary.take(), &self.login)
+            && let Err(failure) = stop(&manager, login, &self.namespace).await
         {
             tracing::warn!(
                 error = one_line(&failure),
@@ -165,4 +174,8 @@ impl Access {
             );
         }
     }
+}
+
+async fn stop(manager: &TemporaryManager, login: &Login, namespace: &str) -> Result<(), Failure> {
+    manager.stop(&login.cluster().await?, namespace).await
 }

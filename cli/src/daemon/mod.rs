@@ -13,6 +13,7 @@ pub mod folder;
 pub mod key_file;
 pub mod listen;
 pub mod log;
+pub mod login;
 pub mod overlap;
 pub mod parameters;
 pub mod peers;

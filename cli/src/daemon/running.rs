@@ -103,8 +103,8 @@ pub async fn start(
     let name = parameters
         .name
         .clone()
-        .unwrap_or_else(|| folder::name_from(access.context()));
-    let digest = parameters.digest(&[access.server(), access.context(), access.namespace()]);
+        .unwrap_or_else(|| folder::name_from(&access.context()));
+    let digest = parameters.digest(&[&access.server(), &access.context(), access.namespace()]);
     let claim = match Claim::try_new(&name) {
         Ok(claim) => claim,
         Err(NotClaimed::Failed(failure)) => return Err(failure),
@@ -184,8 +184,8 @@ async fn assemble(
     let shared = Arc::new(Shared {
         name: claim.name.clone(),
         namespace: access.namespace().to_owned(),
-        context: access.cluster().map(|cluster| cluster.context.clone()),
-        server: access.cluster().map(|cluster| cluster.server.clone()),
+        context: access.cluster().map(|cluster| cluster.context),
+        server: access.cluster().map(|cluster| cluster.server),
         manager_namespace: access.manager_namespace(),
         digest,
         since: Timestamp::now(),
@@ -377,7 +377,8 @@ impl Shared {
                 .chain(&facts.overlaps)
                 .cloned()
                 .collect(),
-            error: facts.error,
+            error: facts.error.as_ref().map(one_line),
+            hint: facts.error.and_then(|failure| failure.hint),
             log: self.log.clone(),
             pid: std::process::id(),
         }

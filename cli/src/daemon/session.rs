@@ -16,6 +16,7 @@ use tp_manager_api::{ClientInfo, Session, SessionSpec};
 use tp_tunnel::KeyHash;
 
 use super::connection::Severity;
+use super::login::Login;
 use super::status::SessionStatus;
 use super::unmet::Unmet;
 use crate::kubeconfig::Cluster;
@@ -30,7 +31,7 @@ const FIELD_MANAGER: &str = "tp";
 /// One Session, from its creation to its deletion.
 #[derive(Debug)]
 pub struct SessionLease {
-    cluster: Cluster,
+    login: Login,
     namespace: String,
     key_hash: KeyHash,
     name: String,
@@ -53,10 +54,10 @@ struct Writer {
 
 impl SessionLease {
     /// A lease that is not written yet. The key makes its name unique.
-    pub fn new(cluster: Cluster, namespace: String, key_hash: KeyHash) -> Self {
+    pub fn new(login: Login, namespace: String, key_hash: KeyHash) -> Self {
         let name = name_of(key_hash);
         Self {
-            cluster,
+            login,
             namespace,
             key_hash,
             name,
@@ -114,8 +115,10 @@ impl SessionLease {
             return Ok(());
         }
         let deletion = DeleteParams::default();
-        let request = async { self.api().delete(&self.name, &deletion).await };
-        match self.cluster.in_time(answer(request)).await? {
+        let cluster = self.login.cluster().await?;
+        let api = self.api(&cluster);
+        let request = api.delete(&self.name, &deletion);
+        match cluster.in_time(answer(request)).await? {
             Answer::Given(_) | Answer::Missing(_) => {
                 tracing::info!(session = self.name, "session deleted");
                 Ok(())
@@ -132,8 +135,9 @@ impl SessionLease {
             field_manager: Some(FIELD_MANAGER.to_owned()),
             ..PostParams::default()
         };
-        let request = async { self.api().create(&params, &session).await };
-        let created = self.cluster.in_time(answer(request)).await;
+        let cluster = self.cluster().await?;
+        let api = self.api(&cluster);
+        let created = cluster.in_time(answer(api.create(&params, &session))).await;
         match created.map_err(Unmet::passing)? {
             Answer::Given(_) => {}
             Answer::Missing(status) => return Err(Unmet::passing(self.unknown(&status))),
@@ -160,8 +164,10 @@ impl SessionLease {
             field_manager: Some(FIELD_MANAGER.to_owned()),
             ..PatchParams::default()
         };
-        let request = async { self.api().patch(&self.name, &params, &patch).await };
-        self.living(request).await?;
+        let cluster = self.cluster().await?;
+        let api = self.api(&cluster);
+        self.living(&cluster, api.patch(&self.name, &params, &patch))
+            .await?;
         self.set_written(&writer, expires_at);
         Ok(())
     }
@@ -173,21 +179,19 @@ impl SessionLease {
     }
 
     async fn check(&self) -> Result<(), Unmet> {
-        self.living(async { self.api().get(&self.name).await })
-            .await
+        let cluster = self.cluster().await?;
+        let api = self.api(&cluster);
+        self.living(&cluster, api.get(&self.name)).await
     }
 
     /// What a request for the object says of its life.
     async fn living(
         &self,
+        cluster: &Cluster,
         request: impl Future<Output = kube::Result<Session>>,
     ) -> Result<(), Unmet> {
-        match self
-            .cluster
-            .in_time(answer(request))
-            .await
-            .map_err(Unmet::passing)?
-        {
+        let answer = cluster.in_time(answer(request)).await;
+        match answer.map_err(Unmet::passing)? {
             Answer::Given(session) if session.metadata.deletion_timestamp.is_none() => Ok(()),
             Answer::Given(_) | Answer::Missing(_) => Err(self.deleted()),
             Answer::Forbidden(error) => Err(Unmet::lasting(error.into())),
@@ -220,9 +224,10 @@ impl SessionLease {
 
     /// The review's creation time is the API server's now, to the second.
     async fn writer(&self) -> Result<Writer, Unmet> {
-        let api: Api<SelfSubjectReview> = Api::all(self.cluster.client.clone());
+        let cluster = self.cluster().await?;
+        let api: Api<SelfSubjectReview> = Api::all(cluster.client.clone());
         let (params, review) = (PostParams::default(), SelfSubjectReview::default());
-        let answer = self.cluster.in_time(api.create(&params, &review)).await;
+        let answer = cluster.in_time(api.create(&params, &review)).await;
         let answer = answer.map_err(Unmet::passing)?;
         let server = answer.metadata.creation_timestamp.map(|Time(at)| at);
         let user = answer.status.and_then(|status| status.user_info);
@@ -247,8 +252,12 @@ impl SessionLease {
         }
     }
 
-    fn api(&self) -> Api<Session> {
-        Api::namespaced(self.cluster.client.clone(), &self.namespace)
+    async fn cluster(&self) -> Result<Cluster, Unmet> {
+        self.login.cluster().await.map_err(Unmet::passing)
+    }
+
+    fn api(&self, cluster: &Cluster) -> Api<Session> {
+        Api::namespaced(cluster.client.clone(), &self.namespace)
     }
 
     fn written(&self) -> Option<Written> {

@@ -45,8 +45,10 @@ pub struct ConnectionStatus {
     pub session: Option<SessionStatus>,
     /// What the user should know: overlaps, folders that could not be used.
     pub warnings: Vec<String>,
-    /// Why the last attempt to connect failed, while there is no carrier.
+    /// Why the last attempt to connect, or to renew the session, failed; gone once one succeeds.
     pub error: Option<String>,
+    /// What to do about it.
+    pub hint: Option<String>,
     /// Its log file.
     pub log: PathBuf,
     /// Process id of its daemon.
@@ -206,6 +208,7 @@ impl ConnectionStatus {
             session: None,
             warnings: Vec::new(),
             error: Some(error.to_owned()),
+            hint: None,
             log,
             pid: 0,
         }

@@ -58,8 +58,8 @@ pub struct Facts {
     pub namespace: String,
     /// The last time a carrier was lost.
     pub last_cut: Option<Cut>,
-    /// Why the last attempt failed.
-    pub error: Option<String>,
+    /// Why the last attempt to connect, or to renew the session, failed.
+    pub error: Option<Failure>,
     /// Payload bytes up and down on carriers that are gone.
     pub carried: Carried,
     /// Collisions with the workstation's own addresses and names.
@@ -243,11 +243,10 @@ impl Supervisor {
     }
 
     fn stayed_down(&self, connection: &Connection, failure: &Failure) {
-        let error = one_line(failure);
-        tracing::warn!(error, "cannot reconnect yet");
+        tracing::warn!(error = one_line(failure), "cannot reconnect yet");
         self.facts_tx.send_modify(|facts| {
             facts.phase = connection.phase();
-            facts.error = Some(error);
+            facts.error = Some(failure.clone());
         });
     }
 
@@ -380,13 +379,15 @@ impl Supervisor {
         };
         loop {
             tokio::time::sleep(SESSION_CHECK).await;
-            match session.keep().await {
-                Ok(()) => {}
+            let error = match session.keep().await {
+                Ok(()) => None,
                 Err(unmet) if unmet.severity == Severity::Final => return unmet.failure,
                 Err(unmet) => {
-                    tracing::warn!(error = one_line(&unmet.failure), "session not renewed yet")
+                    tracing::warn!(error = one_line(&unmet.failure), "session not renewed yet");
+                    Some(unmet.failure.within("the session is not renewed yet"))
                 }
-            }
+            };
+            self.facts_tx.send_modify(|facts| facts.error = error);
         }
     }
 

@@ -6,7 +6,7 @@
 use std::error::Error;
 use std::io;
 
-use kube::client::AuthError;
+use kube::client::{AuthError, UpgradeConnectionError};
 use kube::core::Status;
 
 use super::{Failure, chain};
@@ -16,6 +16,9 @@ impl From<kube::Error> for Failure {
     fn from(error: kube::Error) -> Self {
         if let kube::Error::Api(status) = &error {
             return refused(status);
+        }
+        if status_of(&error) == Some(401) {
+            return not_accepted();
         }
         if let Some(unreachable) = find::<Unreachable>(&error) {
             return not_reached(unreachable);
@@ -27,6 +30,18 @@ impl From<kube::Error> for Failure {
     }
 }
 
+/// The HTTP status of a refusal, also where the request was for a WebSocket.
+#[must_use]
+pub fn status_of(error: &kube::Error) -> Option<u16> {
+    if let kube::Error::UpgradeConnection(UpgradeConnectionError::ProtocolSwitch(status)) = error {
+        return Some(status.as_u16());
+    }
+    let kube::Error::Api(status) = error else {
+        return None;
+    };
+    Some(status.code)
+}
+
 /// Whether the API server refused because RBAC does not allow it, and not because of what was asked.
 #[must_use]
 pub fn is_denial(error: &kube::Error) -> bool {
@@ -35,15 +50,22 @@ pub fn is_denial(error: &kube::Error) -> bool {
 
 fn refused(status: &Status) -> Failure {
     match status.code {
-        401 => Failure::new("the API server does not accept these credentials (401)")
-            .because(said(status))
-            .hint("the token or certificate may have expired: log in again, then try `kubectl auth whoami`"),
+        401 => not_accepted().because(said(status)),
         403 => forbidden(&status.message),
-        429 | 503 => Failure::new(format!("the API server is overloaded or starting ({})", status.code))
-            .because(said(status))
-            .hint("try again in a moment"),
+        429 | 503 => Failure::new(format!(
+            "the API server is overloaded or starting ({})",
+            status.code
+        ))
+        .because(said(status))
+        .hint("try again in a moment"),
         _ => Failure::new(said(status)),
     }
+}
+
+fn not_accepted() -> Failure {
+    Failure::new("the API server does not accept these credentials (401)").hint(
+        "the token or certificate may have expired: log in again, then try `kubectl auth whoami`",
+    )
 }
 
 fn said(status: &Status) -> String {

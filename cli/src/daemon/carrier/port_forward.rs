@@ -13,6 +13,7 @@ use tp_manager_api::{MANAGER_NAME, ManagerLocator, OLDEST_PROTOCOL, PROTOCOL};
 use tp_tunnel::carrier::websocket::PortForwardStream;
 use tp_tunnel::{BoxedStream, KeyHash};
 
+use super::super::login::Login;
 use super::super::status::CarrierKind;
 use super::super::unmet::Unmet;
 use super::{CarrierDialer, Place};
@@ -22,8 +23,8 @@ use crate::report::Failure;
 /// Reads where the installed manager is.
 #[derive(Clone, Debug)]
 pub struct Finder {
-    /// The cluster to look into.
-    pub cluster: Cluster,
+    /// Access to the cluster to look into.
+    pub login: Login,
     /// The namespace the manager is installed into.
     pub namespace: String,
 }
@@ -34,14 +35,11 @@ impl Finder {
     /// # Errors
     /// No manager, no right to read of it, or one that this release cannot speak with.
     pub async fn locate(&self) -> Result<(ManagerLocator, KeyHash), Unmet> {
-        let api: Api<ConfigMap> = Api::namespaced(self.cluster.client.clone(), &self.namespace);
-        let map = self
-            .cluster
-            .in_time(api.get_opt(MANAGER_NAME))
-            .await
-            .map_err(Unmet::passing)?;
-        let Some(map) = map else {
-            return Err(Unmet::passing(self.missing()));
+        let cluster = self.login.cluster().await.map_err(Unmet::passing)?;
+        let api: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), &self.namespace);
+        let map = cluster.in_time(api.get_opt(MANAGER_NAME)).await;
+        let Some(map) = map.map_err(Unmet::passing)? else {
+            return Err(Unmet::passing(self.missing(&cluster)));
         };
         let text = map
             .data
@@ -58,9 +56,9 @@ impl Finder {
         Ok((locator, key))
     }
 
-    fn missing(&self) -> Failure {
-        let cluster = match self.cluster.context.as_str() {
-            "" => &self.cluster.server,
+    fn missing(&self, cluster: &Cluster) -> Failure {
+        let cluster = match cluster.context.as_str() {
+            "" => &cluster.server,
             context => context,
         };
         Failure::new(format!("there is no manager in namespace {} of {cluster}", self.namespace)).hint(
@@ -106,7 +104,7 @@ fn check_skew(locator: &ManagerLocator) -> Result<(), Unmet> {
 
 /// See the module.
 pub struct PortForward {
-    cluster: Cluster,
+    login: Login,
     namespace: String,
     target: Target,
 }
@@ -120,17 +118,17 @@ impl PortForward {
     /// To any ready pod of the installed manager.
     pub fn installed(finder: Finder) -> Self {
         Self {
-            cluster: finder.cluster.clone(),
+            login: finder.login.clone(),
             namespace: finder.namespace.clone(),
             target: Target::Installed(finder),
         }
     }
 
     /// To one pod, and no other.
-    pub fn to_pod(cluster: Cluster, namespace: String, place: Place) -> Self {
+    pub fn to_pod(login: Login, namespace: String, place: Place) -> Self {
         let target = Target::Pod(place);
         Self {
-            cluster,
+            login,
             namespace,
             target,
         }
@@ -140,12 +138,9 @@ impl PortForward {
         let pods = format!("/api/v1/namespaces/{}/pods", self.namespace);
         let request = Request::new(pods).portforward(&place.name, &[place.port]);
         let request = request.expect("a pod's name and a port make a valid request");
-        let connecting = self.cluster.client.connect(request);
-        let connection = self
-            .cluster
-            .in_time(connecting)
-            .await
-            .map_err(|failure| self.not_forwarded(place, failure))?;
+        let cluster = self.login.cluster().await.map_err(Unmet::passing)?;
+        let connection = cluster.in_time(cluster.client.connect(request)).await;
+        let connection = connection.map_err(|failure| self.not_forwarded(place, failure))?;
         if connection.supports_stream_close() {
             let failure =
                 Failure::new("the API server does not forward ports by v4.channel.k8s.io")

@@ -87,6 +87,8 @@ struct Cluster {
     identity: Mutex<HashMap<String, (Identity, Replica)>>,
     dials: AtomicUsize,
 }
+    /// What the locator says in place of the replicas' keys.
+    stale_key: Mutex<Option<KeyHash>>,
 
 #[derive(Clone, Default)]
 struct Replica {
@@ -141,11 +143,12 @@ impl CarrierDialer for InMemory {
     fn places(&self) -> BoxFuture<'_, Result<Vec<Place>, Unmet>> {
         let replicas = self.0.identity.lock().unwrap();
         let places: Vec<Place> = replicas
+        let stale_key = *self.0.stale_key.lock().unwrap();
             .iter()
             .map(|(name, (identity, _))| Place {
                 name: name.clone(),
                 port: 0,
-                key: identity.key_hash(),
+                key: stale_key.unwrap_or_else(|| identity.key_hash()),
             })
             .collect();
         async move {
@@ -167,7 +170,9 @@ impl CarrierDialer for InMemory {
             let name = place.name.clone();
             let drain = replica.drain.clone();
             let serving = tokio::spawn(async move {
-                let (secured, _) = accept_tls(theirs, &identity).await.unwrap();
+                let Ok((secured, _)) = accept_tls(theirs, &identity).await else {
+                    return;
+                };
                 let _ = tp_tunnel::serve(secured, Arc::new(Manager(name)), drain.cancelled_owned())
                     .await;
             });
@@ -419,4 +424,27 @@ async fn a_manager_that_does_not_know_the_key_is_told_from_a_cut() {
     assert_eq!(failure.what, "the manager at door does not know this key");
     assert_eq!(failure.why, [""; 0], "one line says it all");
     assert!(failure.hint.unwrap().contains("sha256:"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manager_with_another_key_is_shown_with_a_hint_until_the_locator_names_it() {
+    let cluster = Cluster::with(&["a"]);
+    let mut supervised = supervise(&cluster);
+    supervised.up().await;
+    *cluster.stale_key.lock().unwrap() = Some(Identity::generate().key_hash());
+    cluster.kill("a");
+    cluster.start("a");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+
+    let error = supervised.facts_rx.borrow().error.clone().unwrap();
+    assert!(
+        error.why.iter().any(|why| why.contains("not the pinned")),
+        "{error}"
+    );
+    assert!(error.hint.is_some());
+    assert!(cluster.dials() < 40, "{} dials", cluster.dials());
+
+    *cluster.stale_key.lock().unwrap() = None;
+    let facts = supervised.up().await;
+    assert!(facts.error.is_none());
 }
