@@ -165,6 +165,10 @@ thread_local! {
 /// Joins a flow with a connected socket until it was idle for `idle` or either side ends it.
 pub(crate) async fn relay_datagrams(flow: DatagramFlow, socket: UdpSocket, idle: Duration) {
     let (mut sender, mut receiver) = flow.into_split();
+    // A new socket counts as full until the runtime has asked the kernel, and that would lose the first datagram.
+    if socket.writable().await.is_err() {
+        return;
+    }
     let mut active = Instant::now();
     loop {
         tokio::select! {
@@ -229,7 +233,52 @@ pub(crate) fn from_path(path: &str) -> Option<Target> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::duplex;
+
     use super::*;
+    use crate::settings::Settings;
+
+    #[tokio::test]
+    async fn a_datagram_that_waits_for_its_socket_is_not_lost() {
+        let (near, far) = duplex(1 << 16);
+        let accepting = tokio::spawn(async move {
+            let mut connection = h2::server::Builder::new()
+                .handshake::<_, Frame>(far)
+                .await
+                .unwrap();
+            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
+            let stream = respond
+                .send_response(http::Response::new(()), false)
+                .unwrap();
+            tokio::spawn(async move { while connection.accept().await.is_some() {} });
+            DatagramFlow::new(stream, request.into_body(), Link::new(Settings::default()))
+        });
+        let (mut requests, connection) = h2::client::handshake(near).await.unwrap();
+        tokio::spawn(connection);
+        let request = http::Request::post("https://tp/").body(()).unwrap();
+        let (_response, mut stream) = requests.send_request(request, false).unwrap();
+        stream.send_data(capsule::encode(b"first"), false).unwrap();
+        let flow = accepting.await.unwrap();
+        // The datagram is there before the socket exists.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+
+        let destination = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        destination.set_nonblocking(true).unwrap();
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect(destination.local_addr().unwrap()).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let destination = UdpSocket::from_std(destination).unwrap();
+        tokio::spawn(async move {
+            let socket = UdpSocket::from_std(socket).unwrap();
+            relay_datagrams(flow, socket, Duration::from_secs(60)).await;
+        });
+
+        let mut received = [0; 16];
+        let receiving =
+            tokio::time::timeout(Duration::from_secs(5), destination.recv(&mut received));
+        assert_eq!(receiving.await.unwrap().unwrap(), 5);
+        assert_eq!(&received[..5], b"first");
+    }
 
     #[test]
     fn paths_round_trip_and_bad_ones_are_refused() {
