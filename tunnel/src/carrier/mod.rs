@@ -1,5 +1,6 @@
 //! What carries a connection: any reliable byte stream, TLS 1.3 over it, and the port-forward of an API server.
 
+mod read_ahead;
 pub mod tls;
 pub mod websocket;
 
@@ -7,6 +8,8 @@ use std::io;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+
+pub use read_ahead::ReadAhead;
 
 /// Anything HTTP/2 can run over.
 pub trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
@@ -30,3 +33,8 @@ pub fn tune(tcp: &TcpStream) -> io::Result<()> {
 /// Unsent bytes in the kernel of one carrier.
 #[cfg(target_os = "linux")]
 const UNSENT_MAX: u32 = 128 * 1024;
+
+/// Tasks that a tokio runtime runs before it looks for new events, for a runtime that drives a connection.
+///
+/// tokio's 61 are milliseconds when each task moves a frame or more, and an answer of one byte waits for all of them.
+pub const EVENT_INTERVAL: u32 = 8;

@@ -21,13 +21,14 @@ use rustls::{
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use crate::carrier::ReadAhead;
 use crate::identity::{Identity, KeyHash};
 
 /// The client's end, ready for HTTP/2.
-pub type ClientTls<IO> = tokio_rustls::client::TlsStream<IO>;
+pub type ClientTls<IO> = tokio_rustls::client::TlsStream<ReadAhead<IO>>;
 
 /// The server's end, ready for HTTP/2.
-pub type ServerTls<IO> = tokio_rustls::server::TlsStream<IO>;
+pub type ServerTls<IO> = tokio_rustls::server::TlsStream<ReadAhead<IO>>;
 
 /// What may run inside a carrier, chosen by ALPN on one port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +87,7 @@ where
 {
     let name = ServerName::try_from("manager.tp.dev").expect("a constant, valid name");
     let connector = TlsConnector::from(Arc::new(client_config(me, *manager)));
-    let stream = within(connector.connect(name, io))
+    let stream = within(connector.connect(name, ReadAhead::new(io)))
         .await?
         .map_err(|error| handshake_error(error, *manager))?;
     check_protocol(stream.get_ref().1.alpn_protocol())?;
@@ -101,7 +102,7 @@ where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let acceptor = TlsAcceptor::from(Arc::new(server_config(me)));
-    let stream = within(acceptor.accept(io))
+    let stream = within(acceptor.accept(ReadAhead::new(io)))
         .await?
         .map_err(TlsError::Handshake)?;
     check_protocol(stream.get_ref().1.alpn_protocol())?;
