@@ -118,10 +118,10 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Wire<IO> {
 
 /// TLS names an end without a farewell by a lecture with a link; one clause says it.
 fn cut(error: io::Error) -> io::Error {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => io::Error::new(error.kind(), "it ended without a farewell"),
-        _ => error,
+    if error.kind() != io::ErrorKind::UnexpectedEof {
+        return error;
     }
+    io::Error::new(error.kind(), "it ended without a farewell")
 }
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Wire<IO> {
@@ -151,5 +151,35 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Wire<IO> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::task::noop_waker_ref;
+
+    use super::*;
+
+    #[test]
+    fn a_carrier_that_never_runs_dry_still_ends_the_turn() {
+        let link = Link::new(Settings::default());
+        let mut wire = Wire::new(tokio::io::repeat(7), &link);
+        let mut cx = Context::from_waker(noop_waker_ref());
+        let mut piece = vec![0; 32 * 1024];
+        let mut turns = Vec::new();
+        for _ in 0..3 {
+            let mut bytes = 0;
+            loop {
+                let mut buf = ReadBuf::new(&mut piece);
+                match Pin::new(&mut wire).poll_read(&mut cx, &mut buf) {
+                    Poll::Ready(read) => read.unwrap(),
+                    Poll::Pending => break,
+                }
+                bytes += buf.filled().len();
+                assert!(bytes <= 2 * TURN, "no end");
+            }
+            turns.push(bytes);
+        }
+        assert_eq!(turns, [TURN; 3]);
     }
 }
