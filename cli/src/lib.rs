@@ -44,7 +44,9 @@ pub fn run(arguments: Vec<OsString>) -> Result<ExitCode, Failure> {
     let line = parse(arguments);
     let mut runtime = if line.carries_traffic() {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
-        runtime.worker_threads(WORKERS);
+        runtime
+            .worker_threads(WORKERS)
+            .event_interval(tp_tunnel::carrier::EVENT_INTERVAL);
         runtime
     } else {
         tokio::runtime::Builder::new_current_thread()

@@ -199,6 +199,7 @@ fn runtime() -> tokio::runtime::Runtime {
     let workers = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(2));
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers)
+        .event_interval(tp_tunnel::carrier::EVENT_INTERVAL)
         .enable_all()
         .build()
         .expect("threads and an epoll instance can be made at start")

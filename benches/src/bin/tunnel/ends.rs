@@ -142,7 +142,7 @@ pub(crate) fn run(arguments: &[String]) -> anyhow::Result<()> {
     let identity = Identity::from_pem(&std::env::var("BENCH_IDENTITY")?)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .event_interval(std::env::var("EI").ok().and_then(|v| v.parse().ok()).unwrap_or(61))
+        .event_interval(carrier::EVENT_INTERVAL)
         .build()?;
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
