@@ -160,12 +160,7 @@ impl Shared {
         }
     }
 
-    async fn serve(
-        &self,
-        stream: ServerTls<TcpStream>,
-        peer: SocketAddr,
-        admitted: Admitted,
-    ) {
+    async fn serve(&self, stream: ServerTls<TcpStream>, peer: SocketAddr, admitted: Admitted) {
         let Admitted {
             who,
             service,

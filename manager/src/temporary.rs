@@ -3,13 +3,14 @@
 //! It holds no right in the cluster and asks the API server nothing. Its reach is what the namespace's own DNS names
 //! resolve to; addresses are only reachable once such an answer held them. It exits when its one session stays away.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use futures::future::BoxFuture;
+use ipnet::IpNet;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tp_manager_api::cluster_view::ManagerInfo;
@@ -45,12 +46,13 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let socket = listen_everywhere(TUNNEL_PORT).await?;
     tracing::info!(key_hash = %identity.key_hash(), port = TUNNEL_PORT, "manager key {}", identity.key_hash());
     let metrics = Arc::new(Metrics::default());
+    let linked = linked_services(&options.namespace, std::env::vars());
     let reach = Arc::new(NamespaceReach {
         domain: conf.cluster_domain().unwrap_or("cluster.local").to_owned(),
-        services: linked_services(&options.namespace, std::env::vars().map(|(name, _)| name)),
+        heard: watch::Sender::new(linked.values().copied().collect()),
+        services: linked.into_keys().collect(),
         namespace: options.namespace,
         nameservers: conf.nameservers.iter().map(SocketAddr::ip).collect(),
-        heard: Mutex::default(),
     });
     let (present, presence) = watch::channel(0_usize);
     let gate = Arc::new(OneKey {
@@ -134,7 +136,10 @@ impl OneKey {
             replica: Arc::clone(&self.name),
             dialer: Arc::clone(&self.dialer),
             reach: Arc::clone(&self.reach),
-            views: OneView(self.reach.view(&self.name)),
+            views: OneView {
+                name: Arc::clone(&self.name),
+                reach: Arc::clone(&self.reach),
+            },
         })
     }
 }
@@ -158,32 +163,41 @@ struct NamespaceReach {
     namespace: String,
     services: Vec<String>,
     nameservers: Vec<IpAddr>,
-    heard: Mutex<HashSet<IpAddr>>,
+    /// Addresses of the namespace, as far as an answer has held them.
+    heard: watch::Sender<BTreeSet<IpAddr>>,
 }
 
-/// The Services of the pod's namespace, read off the variables that the kubelet makes of them (`WEB_API_SERVICE_HOST`).
+/// The Services of the pod's namespace and their addresses, read off the variables that the kubelet makes of them
+/// (`WEB_API_SERVICE_HOST`).
 ///
-/// It takes no right to know them, so their short names work here too. Headless ones have no variable, and those made
-/// later are missed; both are reached by `name.namespace.svc`.
-fn linked_services(namespace: &str, variables: impl Iterator<Item = String>) -> Vec<String> {
-    let mut services: Vec<String> = variables
-        .filter_map(|variable| {
-            Some(
-                variable
-                    .strip_suffix("_SERVICE_HOST")?
-                    .to_lowercase()
-                    .replace('_', "-"),
-            )
+/// It takes no right to know them, so they work here even where the user may not list Services. Headless ones have no
+/// variable, and those made later are missed.
+fn linked_services(
+    namespace: &str,
+    variables: impl Iterator<Item = (String, String)>,
+) -> BTreeMap<String, IpAddr> {
+    variables
+        .filter_map(|(variable, value)| {
+            let service = variable.strip_suffix("_SERVICE_HOST")?;
+            Some((
+                service.to_lowercase().replace('_', "-"),
+                value.parse().ok()?,
+            ))
         })
         // Every pod is told where the API server is, whatever its namespace.
-        .filter(|service| service != "kubernetes" || namespace == "default")
-        .collect();
-    services.sort();
-    services
+        .filter(|(service, _)| service != "kubernetes" || namespace == "default")
+        .collect()
 }
 
-/// Addresses remembered; a namespace with more pods than this has to use names.
-const MOST_HEARD: usize = 16 * 1024;
+/// Addresses remembered; a namespace with more pods than this has to use names. The workstation is told all of them,
+/// so it bounds that message too.
+const MOST_HEARD: usize = 4 * 1024;
+
+/// How long changes of what was heard are gathered before the workstation is told.
+const GATHERED_FOR: Duration = Duration::from_millis(200);
+
+/// A change that came between a view and the wait for the next one is found after this.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 impl NamespaceReach {
     fn view(&self, name: &str) -> ClusterView {
@@ -197,6 +211,13 @@ impl NamespaceReach {
             domain: self.domain.clone(),
             namespaces: vec![self.namespace.clone()],
             services: BTreeMap::from([(self.namespace.clone(), self.services.clone())]),
+            pod_ranges: self
+                .heard
+                .borrow()
+                .iter()
+                .copied()
+                .map(IpNet::from)
+                .collect(),
             ..ClusterView::default()
         })
     }
@@ -225,12 +246,7 @@ impl Reach for NamespaceReach {
             .name
             .as_deref()
             .is_some_and(|name| self.is_own(name));
-        let heard = || {
-            self.heard
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .contains(&destination.address)
-        };
+        let heard = || self.heard.borrow().contains(&destination.address);
         let permit = match named || heard() {
             true => Ok(()),
             false => Err(format!(
@@ -246,10 +262,15 @@ impl Reach for NamespaceReach {
     }
 
     fn heard(&self, name: &str, addresses: &[IpAddr]) {
-        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.is_own(name) && heard.len() + addresses.len() <= MOST_HEARD {
-            heard.extend(addresses.iter().map(IpAddr::to_canonical));
+        if !self.is_own(name) {
+            return;
         }
+        self.heard.send_if_modified(|heard| {
+            let before = heard.len();
+            let room = MOST_HEARD.saturating_sub(before);
+            heard.extend(addresses.iter().take(room).map(IpAddr::to_canonical));
+            heard.len() > before
+        });
     }
 }
 
@@ -268,15 +289,24 @@ impl Surroundings for NamespaceReach {
     }
 }
 
-struct OneView(ClusterView);
+/// The namespace with the addresses heard so far, so that the workstation sends those here too.
+struct OneView {
+    name: Arc<str>,
+    reach: Arc<NamespaceReach>,
+}
 
 impl Views for OneView {
     fn view(&self) -> BoxFuture<'_, ClusterView> {
-        Box::pin(std::future::ready(self.0.clone()))
+        Box::pin(std::future::ready(self.reach.view(&self.name)))
     }
 
     fn changed(&self) -> BoxFuture<'_, ()> {
-        Box::pin(std::future::pending())
+        let mut heard = self.reach.heard.subscribe();
+        Box::pin(async move {
+            if let Ok(Ok(())) = tokio::time::timeout(LOOK_AGAIN, heard.changed()).await {
+                tokio::time::sleep(GATHERED_FOR).await;
+            }
+        })
     }
 }
 
@@ -290,7 +320,7 @@ mod tests {
             namespace: "shop".into(),
             services: Vec::new(),
             nameservers: Vec::new(),
-            heard: Mutex::default(),
+            heard: watch::Sender::default(),
         }
     }
 
@@ -306,16 +336,49 @@ mod tests {
     #[test]
     fn services_are_known_from_the_pods_environment() {
         let variables = [
-            "WEB_API_SERVICE_HOST",
-            "WEB_API_SERVICE_PORT",
-            "KUBERNETES_SERVICE_HOST",
-            "HOME",
+            ("WEB_API_SERVICE_HOST", "10.96.0.5"),
+            ("WEB_API_SERVICE_PORT", "80"),
+            ("KUBERNETES_SERVICE_HOST", "10.96.0.1"),
+            ("HOME", "/"),
         ];
-        let services =
-            |namespace| linked_services(namespace, variables.iter().map(ToString::to_string));
+        let services = |namespace| {
+            let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            linked_services(namespace, variables.into_iter())
+        };
+        let own = ("web-api".to_owned(), "10.96.0.5".parse().unwrap());
+        let first = ("kubernetes".to_owned(), "10.96.0.1".parse().unwrap());
 
-        assert_eq!(services("shop"), ["web-api"]);
-        assert_eq!(services("default"), ["kubernetes", "web-api"]);
+        assert_eq!(services("shop"), [own.clone()].into());
+        assert_eq!(services("default"), [first, own].into());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_view_tells_the_addresses_of_answers() {
+        let reach = Arc::new(reach());
+        let views = OneView {
+            name: "m".into(),
+            reach: Arc::clone(&reach),
+        };
+        let before = views.view().await;
+        assert_eq!(before.pod_ranges, []);
+
+        let heard = async {
+            reach.heard(
+                "web.shop.svc.cluster.local",
+                &["10.96.0.5".parse().unwrap()],
+            );
+            reach.heard(
+                "web.bank.svc.cluster.local",
+                &["10.96.0.7".parse().unwrap()],
+            );
+        };
+        let begun = tokio::time::Instant::now();
+        tokio::join!(views.changed(), heard);
+        let after = views.view().await;
+
+        assert_eq!(begun.elapsed(), GATHERED_FOR);
+        assert_eq!(after.pod_ranges, ["10.96.0.5/32".parse().unwrap()]);
+        assert_ne!(after.version, before.version);
     }
 
     #[tokio::test]

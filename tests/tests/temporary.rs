@@ -42,6 +42,15 @@ fn it_reaches_its_namespace_and_no_other_and_leaves_nothing_behind() {
         "hello-from-probe\n"
     );
     tp.probe(&["udp", "PROXY", "web", "7", "5", "100"]).ok();
+    // A Service that is younger than its manager.
+    namespace.probe("late");
+    let short = format!("http://late.{}/", namespace.name);
+    assert_eq!(tp.get("http://late/"), "hello-from-probe\n");
+    assert_eq!(tp.get(&short), "hello-from-probe\n");
+    let address = namespace.value("svc/late", ".spec.clusterIP");
+    eventually("its address goes there too", Duration::from_secs(5), || {
+        (tp.socks_reply(&address, 80) == 0).then_some(())
+    });
     assert_eq!(
         tp.socks_reply("169.254.169.254", 80),
         tp.socks_reply("169.254.170.2", 80)

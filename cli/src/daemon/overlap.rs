@@ -43,6 +43,8 @@ impl Workstation {
     /// One line for each collision that `split` would decide in favour of the cluster.
     pub fn overlaps(&self, view: &ClusterView, split: &Split) -> Vec<String> {
         let ranges = view.service_ranges.iter().chain(&view.pod_ranges);
+        // A single address was met in the cluster; it hides nothing of what surrounds it here.
+        let ranges = ranges.filter(|range| range.prefix_len() < range.max_prefix_len());
         let mut lines: BTreeSet<String> = ranges
             .flat_map(|range| self.overlaps_of(*range, split))
             .collect();

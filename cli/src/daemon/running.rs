@@ -16,6 +16,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tp_manager_api::HEALTH_PATH;
 use tp_tunnel::Tunnel;
 
@@ -23,7 +24,8 @@ use super::access::Access;
 use super::connection::Phase;
 use super::control::{self, Reply, Request};
 use super::folder::{self, Claim, NotClaimed};
-use super::parameters::Parameters;
+use super::parameters::{Parameters, Way};
+use super::services::{self, Known};
 use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
 use super::supervisor::{Facts, Supervisor, one_line};
 use super::{environment, listen, log, peers};
@@ -65,6 +67,8 @@ pub struct Running {
     supervisor: JoinHandle<Result<(), Failure>>,
     proxy: JoinHandle<()>,
     control: JoinHandle<()>,
+    /// Follows the Services for the supervisor.
+    _services: Option<AbortOnDropHandle<()>>,
     stop: CancellationToken,
 }
 
@@ -132,6 +136,8 @@ struct Parts {
     supervisor: JoinHandle<Result<(), Failure>>,
     proxy: JoinHandle<()>,
     control: JoinHandle<()>,
+    /// Follows the Services for the supervisor.
+    services: Option<AbortOnDropHandle<()>>,
     stop: CancellationToken,
 }
 
@@ -142,6 +148,7 @@ impl Parts {
             supervisor,
             proxy,
             control,
+            services,
             stop,
         } = self;
         Running {
@@ -151,6 +158,7 @@ impl Parts {
             supervisor,
             proxy,
             control,
+            _services: services,
             stop,
         }
     }
@@ -211,10 +219,12 @@ async fn assemble(
         Some(dialer) => dialer?,
         None => return Err(interrupted()),
     };
+    let (services_rx, services) = services_of(access, parameters).unzip();
     let supervisor = Supervisor {
         dialer,
         identity: access.identity().clone(),
         session: access.lease(),
+        services: services_rx,
         rules,
         tunnel_tx,
         split_tx,
@@ -245,8 +255,23 @@ async fn assemble(
         supervisor,
         proxy,
         control,
+        services,
         stop,
     })
+}
+
+/// A temporary manager cannot tell which Services there are; the user may be able to.
+fn services_of(
+    access: &Access,
+    parameters: &Parameters,
+) -> Option<(watch::Receiver<Known>, AbortOnDropHandle<()>)> {
+    let login = access.login()?.clone();
+    if !matches!(parameters.way, Way::Temporary { .. }) {
+        return None;
+    }
+    let (known_tx, known_rx) = watch::channel(None);
+    let following = services::follow(login, access.namespace().to_owned(), known_tx);
+    Some((known_rx, AbortOnDropHandle::new(tokio::spawn(following))))
 }
 
 impl Running {

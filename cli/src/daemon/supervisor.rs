@@ -24,6 +24,7 @@ use tp_tunnel::{Identity, Tunnel, TunnelError};
 use super::carrier::{CarrierDialer, Place};
 use super::connection::{Connection, Output, Phase, Severity};
 use super::overlap::Workstation;
+use super::services::Known;
 use super::session::SessionLease;
 use super::status::{CarrierKind, Cut};
 use super::unmet::Unmet;
@@ -100,6 +101,8 @@ pub struct Supervisor {
     pub identity: Identity,
     /// What lets the key in, where Kubernetes does.
     pub session: Option<Arc<SessionLease>>,
+    /// The namespace's Services as the user sees them, where the manager has no right to.
+    pub services: Option<watch::Receiver<Known>>,
     /// What the user wants to go where.
     pub rules: UserRules,
     /// To the proxy: the tunnel, while there is one.
@@ -346,7 +349,7 @@ impl Supervisor {
             biased;
             ended = &mut driver => return Over::Cut(why_ended(ended)),
             () = tunnel.closed() => {}
-            never = self.follow_view(&tunnel, view.version) => never,
+            never = self.follow_view(&tunnel, view) => never,
             failure = self.keep_session() => return Over::Final(failure),
         }
         // Closed is said a moment before the end, and also when there will be none for a while.
@@ -356,18 +359,22 @@ impl Supervisor {
         }
     }
 
-    async fn follow_view<T>(&self, tunnel: &Tunnel, mut version: u64) -> T {
+    async fn follow_view<T>(&self, tunnel: &Tunnel, mut view: ClusterView) -> T {
+        let mut services = self.services.clone();
         loop {
-            match cluster_view(tunnel, Some(version)).await {
-                Ok(view) if view.version == version => {}
-                Ok(view) => {
-                    version = view.version;
-                    self.set_view(view);
-                }
-                Err(failure) => {
-                    tracing::debug!(error = one_line(&failure), "no view of the cluster");
-                    tokio::time::sleep(VIEW_RETRY).await;
-                }
+            tokio::select! {
+                answer = cluster_view(tunnel, Some(view.version)) => match answer {
+                    Ok(newer) if newer.version == view.version => {}
+                    Ok(newer) => {
+                        view = newer;
+                        self.set_view(view.clone());
+                    }
+                    Err(failure) => {
+                        tracing::debug!(error = one_line(&failure), "no view of the cluster");
+                        tokio::time::sleep(VIEW_RETRY).await;
+                    }
+                },
+                () = changed(&mut services) => self.set_view(view.clone()),
             }
         }
     }
@@ -391,8 +398,21 @@ impl Supervisor {
         }
     }
 
-    fn set_view(&self, view: ClusterView) {
+    fn set_view(&self, mut view: ClusterView) {
+        let known = self
+            .services
+            .as_ref()
+            .map(|services| services.borrow().clone());
+        let anybodys_guess = matches!(known, Some(None));
+        if let Some(Some(names)) = known {
+            let names = names.into_iter().collect();
+            view.services.insert(view.namespace.clone(), names);
+        }
         let split = Split::new(view.clone(), self.rules.clone());
+        let split = match anybodys_guess {
+            true => split.with_any_label(),
+            false => split,
+        };
         let overlaps = Workstation::read().overlaps(&view, &split);
         self.split_tx.send_replace(Arc::new(split));
         self.facts_tx.send_modify(|facts| {
@@ -400,6 +420,17 @@ impl Supervisor {
             facts.namespace = view.namespace;
             facts.overlaps = overlaps;
         });
+    }
+}
+
+/// Resolves when other Services are known; never where nobody looks, or no more.
+async fn changed(services: &mut Option<watch::Receiver<Known>>) {
+    let changed = match services {
+        Some(services) => services.changed().await.is_ok(),
+        None => false,
+    };
+    if !changed {
+        std::future::pending().await
     }
 }
 

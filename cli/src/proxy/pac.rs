@@ -23,6 +23,7 @@ pub fn script(split: &Split, proxy: SocketAddr) -> String {
         "everything": split.everything(),
         "namespace": view.namespace,
         "services": split.services(),
+        "anyLabel": split.any_label(),
         "suffixes": suffixes,
         "ranges": ranges.map(range).collect::<Vec<_>>(),
         "also": rules(&split.rules().also_proxy),

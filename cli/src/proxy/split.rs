@@ -38,6 +38,7 @@ pub enum Route {
 pub struct Split {
     view: ClusterView,
     services: BTreeMap<String, BTreeSet<String>>,
+    any_label: bool,
     rules: UserRules,
 }
 
@@ -53,8 +54,16 @@ impl Split {
         Self {
             view,
             services,
+            any_label: false,
             rules,
         }
+    }
+
+    /// Where nobody may say which Services there are, each single label is taken for one. Longer names are not: they
+    /// would capture names of the Internet.
+    pub fn with_any_label(mut self) -> Self {
+        self.any_label = true;
+        self
     }
 
     /// The same cluster with more rules. Those of either side hold, and `--never-proxy` of either wins.
@@ -97,6 +106,10 @@ impl Split {
         &self.view
     }
 
+    pub(super) fn any_label(&self) -> bool {
+        self.any_label
+    }
+
     pub(super) fn services(&self) -> &BTreeMap<String, BTreeSet<String>> {
         &self.services
     }
@@ -122,7 +135,7 @@ impl Split {
         let own = self.view.namespace.as_str();
         let mut labels = name.split('.');
         match (labels.next(), labels.next(), labels.next(), labels.next()) {
-            (Some(service), None, ..) => self.exists(service, own),
+            (Some(service), None, ..) => self.any_label || self.exists(service, own),
             (Some(first), Some(second), None, _) => {
                 self.exists(first, second) || (is_stateful_pod(first) && self.exists(second, own))
             }
@@ -203,6 +216,18 @@ mod tests {
 
     fn route(split: &Split, host: &str) -> Route {
         split.route(&host.parse().unwrap())
+    }
+
+    #[test]
+    fn while_services_are_unknown_single_labels_go_to_the_cluster_and_no_longer_names() {
+        let split = Split::new(view(), UserRules::default()).with_any_label();
+
+        for name in ["web", "whatever", "web.shop", "whatever.svc"] {
+            assert_eq!(route(&split, name), Route::Cluster, "{name}");
+        }
+        for name in ["whatever.shop", "pod-1.whatever", "example.com"] {
+            assert_eq!(route(&split, name), Route::Direct, "{name}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tp_tunnel::carrier::tls::accept_tls;
 use tp_tunnel::{BoxedStream, DialError, DialErrorKind, KeyHash, Service, Target};
 
 use super::*;
+use crate::proxy::split::Route;
 
 fn place(name: &str) -> Place {
     Place {
@@ -86,9 +87,9 @@ async fn when_all_fail_the_first_reason_is_told() {
 struct Cluster {
     identity: Mutex<HashMap<String, (Identity, Replica)>>,
     dials: AtomicUsize,
-}
     /// What the locator says in place of the replicas' keys.
     stale_key: Mutex<Option<KeyHash>>,
+}
 
 #[derive(Clone, Default)]
 struct Replica {
@@ -142,8 +143,8 @@ impl CarrierDialer for InMemory {
 
     fn places(&self) -> BoxFuture<'_, Result<Vec<Place>, Unmet>> {
         let replicas = self.0.identity.lock().unwrap();
-        let places: Vec<Place> = replicas
         let stale_key = *self.0.stale_key.lock().unwrap();
+        let places: Vec<Place> = replicas
             .iter()
             .map(|(name, (identity, _))| Place {
                 name: name.clone(),
@@ -232,6 +233,7 @@ fn nowhere() -> DialError {
 
 struct Supervised {
     tunnel_rx: watch::Receiver<Option<Tunnel>>,
+    split_rx: watch::Receiver<Arc<Split>>,
     facts_rx: watch::Receiver<Facts>,
     stop: CancellationToken,
     task: tokio::task::JoinHandle<Result<(), Failure>>,
@@ -242,13 +244,21 @@ fn supervise(cluster: &Arc<Cluster>) -> Supervised {
 }
 
 fn supervise_by(dialer: Box<dyn CarrierDialer>) -> Supervised {
+    supervise_with(dialer, None)
+}
+
+fn supervise_with(
+    dialer: Box<dyn CarrierDialer>,
+    services: Option<watch::Receiver<Known>>,
+) -> Supervised {
     let (tunnel_tx, tunnel_rx) = watch::channel(None);
-    let (split_tx, _) = watch::channel(Arc::new(Split::default()));
+    let (split_tx, split_rx) = watch::channel(Arc::new(Split::default()));
     let (facts_tx, facts_rx) = watch::channel(Facts::default());
     let supervisor = Supervisor {
         dialer,
         identity: Identity::generate(),
         session: None,
+        services,
         rules: UserRules::default(),
         tunnel_tx,
         split_tx,
@@ -258,6 +268,7 @@ fn supervise_by(dialer: Box<dyn CarrierDialer>) -> Supervised {
     let task = tokio::spawn(supervisor.run(stop.clone()));
     Supervised {
         tunnel_rx,
+        split_rx,
         facts_rx,
         stop,
         task,
@@ -447,4 +458,36 @@ async fn a_manager_with_another_key_is_shown_with_a_hint_until_the_locator_names
     *cluster.stale_key.lock().unwrap() = None;
     let facts = supervised.up().await;
     assert!(facts.error.is_none());
+}
+
+/// The names that go to the tunnel, out of a few.
+fn tunnelled(supervised: &mut Supervised) -> Vec<&'static str> {
+    let split = supervised.split_rx.borrow_and_update().clone();
+    let to_cluster = |name: &&str| split.route(&name.parse().unwrap()) == Route::Cluster;
+    let names = ["web", "web.shop", "web-0.web", "new", "new.shop", "new.svc"];
+    names.into_iter().filter(to_cluster).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_user_may_list_completes_a_view_without_services() {
+    let cluster = Cluster::with(&["a"]);
+    let (known_tx, known_rx) = watch::channel(None);
+    let mut supervised = supervise_with(Box::new(InMemory(cluster)), Some(known_rx));
+    supervised.up().await;
+    assert_eq!(
+        tunnelled(&mut supervised),
+        ["web", "new", "new.svc"],
+        "who knows"
+    );
+
+    known_tx.send_replace(Some(["web".to_owned()].into()));
+    supervised.split_rx.changed().await.unwrap();
+    assert_eq!(
+        tunnelled(&mut supervised),
+        ["web", "web.shop", "web-0.web", "new.svc"]
+    );
+
+    known_tx.send_replace(Some(["web".to_owned(), "new".to_owned()].into()));
+    supervised.split_rx.changed().await.unwrap();
+    assert!(tunnelled(&mut supervised).contains(&"new.shop"));
 }
