@@ -110,12 +110,35 @@ impl Selectors {
         })
     }
 
+    /// The contexts of the kubeconfig that these selectors lead to, in its order.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn contexts(&self) -> Result<Vec<Context>, Failure> {
+        Ok(merge::contexts(self, files::read(self)?))
+    }
+
     /// kubectl's 0 means no limit; a day is as good, and keeps one path.
     fn answer_within(&self) -> Option<Duration> {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         self.request_timeout
             .map(|limit| if limit.is_zero() { DAY } else { limit })
     }
+}
+
+/// One context of a kubeconfig.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Context {
+    /// Its name.
+    pub name: String,
+    /// Whether it is used when the command line names none.
+    pub current: bool,
+    /// Name of its cluster.
+    pub cluster: String,
+    /// Name of its user; empty without one.
+    pub user: String,
+    /// Its namespace; `default` where it has none.
+    pub namespace: String,
 }
 
 /// One cluster as one user.

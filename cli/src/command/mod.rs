@@ -7,6 +7,7 @@ pub mod curl;
 pub mod env;
 pub mod install;
 pub mod key;
+pub mod list_contexts;
 pub mod list_namespaces;
 pub mod quit;
 #[cfg(target_os = "linux")]
@@ -49,6 +50,7 @@ enum Command {
     Env(env::Args),
     Curl(curl::Args),
     ListNamespaces(list_namespaces::Args),
+    ListContexts(list_contexts::Args),
     Install(install::Args),
     Upgrade(upgrade::Args),
     Uninstall(uninstall::Args),
@@ -85,6 +87,7 @@ impl CommandLine {
             Command::Env(args) => env::run(args, output).await,
             Command::Curl(args) => curl::run(args, output).await,
             Command::ListNamespaces(args) => list_namespaces::run(args, output).await,
+            Command::ListContexts(args) => list_contexts::run(args, output).await,
             Command::Install(args) => install::run(args, output).await,
             Command::Upgrade(args) => upgrade::run(args, output).await,
             Command::Uninstall(args) => uninstall::run(args, output).await,

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use kube::Config;
-use kube::config::{AuthInfo, Cluster, Context, ExecAuthCluster, Kubeconfig};
+use kube::config::{AuthInfo, Cluster, Context, ExecAuthCluster, Kubeconfig, NamedContext};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
@@ -21,13 +21,32 @@ pub(super) fn choose(selectors: &Selectors, files: Kubeconfig) -> Result<Chosen,
     override_user(selectors, &mut user);
     Ok(Chosen {
         context: name,
-        namespace: context
-            .namespace
-            .filter(|namespace| !namespace.is_empty())
-            .unwrap_or_else(|| "default".to_owned()),
+        namespace: namespace(context.namespace),
         cluster,
         user,
     })
+}
+
+/// What the files list, as kubectl reads it.
+pub(super) fn contexts(selectors: &Selectors, files: Kubeconfig) -> Vec<super::Context> {
+    let current = selectors.context.clone().or(files.current_context);
+    let described = |named: NamedContext| {
+        let context = named.context.unwrap_or_default();
+        super::Context {
+            current: current.as_ref() == Some(&named.name),
+            name: named.name,
+            cluster: context.cluster,
+            user: context.user.unwrap_or_default(),
+            namespace: namespace(context.namespace),
+        }
+    };
+    files.contexts.into_iter().map(described).collect()
+}
+
+fn namespace(given: Option<String>) -> String {
+    given
+        .filter(|namespace| !namespace.is_empty())
+        .unwrap_or_else(|| "default".to_owned())
 }
 
 fn context(selectors: &Selectors, files: &Kubeconfig) -> Result<(String, Context), Failure> {
@@ -268,6 +287,32 @@ users:
             Some("https://127.0.0.1:6443")
         );
         assert!(chosen.user.client_certificate_data.is_some());
+    }
+
+    #[test]
+    fn every_context_is_listed_and_the_one_in_use_marked() {
+        let listed = |selectors: &Selectors| {
+            let contexts = contexts(selectors, files());
+            contexts
+                .into_iter()
+                .map(|context| (context.name, context.current, context.namespace))
+                .collect::<Vec<_>>()
+        };
+        let (dev, prod) = ("dev".to_owned(), "prod".to_owned());
+        let (shop, default) = ("shop".to_owned(), "default".to_owned());
+
+        assert_eq!(
+            listed(&Selectors::default()),
+            [
+                (dev.clone(), true, shop.clone()),
+                (prod.clone(), false, default.clone())
+            ]
+        );
+        let chosen = Selectors {
+            context: Some(prod.clone()),
+            ..Selectors::default()
+        };
+        assert_eq!(listed(&chosen), [(dev, false, shop), (prod, true, default)]);
     }
 
     #[test]
