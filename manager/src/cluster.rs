@@ -3,6 +3,9 @@
 //! Objects are read with only the few fields that matter and put into our own maps, so a cluster of ten thousand pods
 //! costs a few megabytes. A watch that breaks starts over with a backoff; what it missed shows in the next list.
 
+mod objects;
+mod ranges;
+
 use std::collections::{BTreeMap, HashSet};
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -10,19 +13,22 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use futures::StreamExt;
-use ipnet::IpNet;
 use k8s_openapi::api::core::v1;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{ApiResource, ListParams, Object, PostParams};
+use kube::api::{ApiResource, Object};
 use kube::core::ObjectMeta;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
-use serde::Deserialize;
 use tokio::sync::watch;
 use tp_manager_api::{MANAGER_NAME, Session};
 
-use crate::inventory::{Inventory, Node, Pod, Service};
+use self::objects::{
+    Empty, NodeFields, NodeStatus, PodFields, PodStatus, ServiceFields, pod_addresses, read_node,
+    replica,
+};
+use self::ranges::Source;
+use crate::inventory::{Inventory, Pod};
 use crate::listen::chain;
 use crate::sessions::{ObjectName, SessionTable};
 
@@ -317,15 +323,13 @@ impl Cluster {
 
     /// ServiceCIDR objects where the API server has them, else the range that it names when it refuses an address.
     async fn watch_ranges(&self, client: Client) -> Infallible {
-        let api: Api<ServiceCIDR> = Api::all(client.clone());
-        match api.list(&ListParams::default().limit(1)).await {
-            Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => {
-                let ranges = discover_ranges(client, &self.own_namespace).await;
+        match ranges::find(&client, &self.own_namespace, ranges::RETRY).await {
+            Source::Objects => self.watch_service_cidrs(Api::all(client)).await,
+            Source::Refusal(ranges) => {
                 self.update(|inventory| inventory.set_service_ranges(&"discovered".into(), ranges));
                 self.mark_synced("servicecidrs");
                 std::future::pending().await
             }
-            Ok(_) | Err(_) => self.watch_service_cidrs(api).await,
         }
     }
 
@@ -435,215 +439,10 @@ fn object_name(metadata: &ObjectMeta) -> ObjectName {
     )
 }
 
-/// Spec or status of which nothing is read.
-#[derive(Clone, Debug, Default, Deserialize)]
-struct Empty {}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ServiceFields {
-    #[serde(default)]
-    cluster_ip: Option<String>,
-    #[serde(default, rename = "clusterIPs")]
-    cluster_ips: Vec<String>,
-    #[serde(default, rename = "type")]
-    kind: Option<String>,
-}
-
-impl ServiceFields {
-    /// A headless Service has the word `None` for an address.
-    fn read(&self) -> Service {
-        let mut addresses: Vec<IpAddr> = self
-            .cluster_ip
-            .iter()
-            .chain(&self.cluster_ips)
-            .filter_map(|text| text.parse().ok())
-            .collect();
-        addresses.dedup();
-        Service {
-            addresses,
-            external_name: self.kind.as_deref() == Some("ExternalName"),
-        }
-    }
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct PodFields {
-    #[serde(default)]
-    host_network: bool,
-    #[serde(default)]
-    service_account_name: Option<String>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-struct PodStatus {
-    #[serde(default, rename = "podIPs")]
-    pod_ips: Vec<PodAddress>,
-    #[serde(default)]
-    conditions: Vec<Condition>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-struct PodAddress {
-    ip: String,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-struct Condition {
-    #[serde(rename = "type")]
-    kind: String,
-    status: String,
-}
-
-/// A pod on its node's network has the node's addresses: they are not its namespace's.
-fn pod_addresses(pod: &Object<PodFields, PodStatus>) -> Vec<IpAddr> {
-    match &pod.status {
-        Some(status) if !pod.spec.host_network => status
-            .pod_ips
-            .iter()
-            .filter_map(|address| address.ip.parse().ok())
-            .collect(),
-        Some(_) | None => Vec::new(),
-    }
-}
-
-fn replica(pod: &Object<PodFields, PodStatus>) -> Option<Replica> {
-    let own = pod.spec.service_account_name.as_deref() == Some(MANAGER_NAME);
-    let conditions = pod.status.iter().flat_map(|status| &status.conditions);
-    let ready = pod.metadata.deletion_timestamp.is_none()
-        && conditions
-            .clone()
-            .any(|condition| condition.kind == "Ready" && condition.status == "True");
-    own.then(|| Replica {
-        ready,
-        addresses: pod_addresses(pod),
-    })
-}
-
-#[derive(Clone, Debug, Deserialize)]
-struct NodeFields {
-    #[serde(default, rename = "podCIDR")]
-    pod_cidr: Option<String>,
-    #[serde(default, rename = "podCIDRs")]
-    pod_cidrs: Vec<String>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-struct NodeStatus {
-    #[serde(default)]
-    addresses: Vec<NodeAddress>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-struct NodeAddress {
-    address: String,
-}
-
-fn read_node(node: &Object<NodeFields, NodeStatus>) -> Node {
-    let addresses = node.status.iter().flat_map(|status| &status.addresses);
-    let mut pod_ranges: Vec<IpNet> = node
-        .spec
-        .pod_cidr
-        .iter()
-        .chain(&node.spec.pod_cidrs)
-        .filter_map(|text| text.parse().ok())
-        .collect();
-    pod_ranges.dedup();
-    Node {
-        addresses: addresses
-            .filter_map(|address| address.address.parse().ok())
-            .collect(),
-        pod_ranges,
-    }
-}
-
-/// Asks for a Service with an address that no cluster hands out, as a dry run, and reads the range in the refusal.
-async fn discover_ranges(client: Client, namespace: &str) -> Vec<IpNet> {
-    let probe: v1::Service = serde_json::from_value(serde_json::json!({
-        "metadata": { "name": "tp-range-probe" },
-        "spec": { "clusterIP": "192.0.2.1", "ports": [{ "port": 1 }] },
-    }))
-    .expect("a constant of the right shape");
-    let dry_run = PostParams {
-        dry_run: true,
-        ..PostParams::default()
-    };
-    match Api::<v1::Service>::namespaced(client, namespace)
-        .create(&dry_run, &probe)
-        .await
-    {
-        Err(kube::Error::Api(status)) => ranges_in(&status.message),
-        Ok(_) => Vec::new(),
-        Err(error) => {
-            tracing::warn!(error = chain(&error), "the range of Services is unknown");
-            Vec::new()
-        }
-    }
-}
-
-/// `… The range of valid IPs is 10.96.0.0/16`, one or two ranges.
-fn ranges_in(message: &str) -> Vec<IpNet> {
-    let named = message
-        .split_once("range of valid IPs is ")
-        .map_or("", |(_, rest)| rest);
-    let words = named.split(|c: char| c.is_whitespace() || c == ',');
-    words
-        .filter_map(|word| word.trim_end_matches('.').parse().ok())
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_refusal_names_the_range() {
-        let refusal = "Service \"tp-range-probe\" is invalid: spec.clusterIPs: Invalid value: [\"192.0.2.1\"]: failed to \
-                       allocate IP 192.0.2.1: the provided IP (192.0.2.1) is not in the valid range. The range of valid \
-                       IPs is 10.96.0.0/16";
-
-        assert_eq!(
-            ranges_in(refusal),
-            ["10.96.0.0/16".parse::<IpNet>().unwrap()]
-        );
-        assert!(ranges_in("services is forbidden").is_empty());
-    }
-
-    #[test]
-    fn a_pod_on_the_nodes_network_has_no_address_of_its_own() {
-        let pod = |host_network: bool| -> Object<PodFields, PodStatus> {
-            serde_json::from_value(serde_json::json!({
-                "metadata": { "name": "x", "namespace": "shop" },
-                "spec": { "hostNetwork": host_network, "serviceAccountName": "tp-manager", "containers": [] },
-                "status": { "podIP": "10.244.0.7", "podIPs": [{ "ip": "10.244.0.7" }],
-                            "conditions": [{ "type": "Ready", "status": "True" }] },
-            }))
-            .unwrap()
-        };
-
-        assert_eq!(pod_addresses(&pod(false)).len(), 1);
-        assert!(pod_addresses(&pod(true)).is_empty());
-        assert!(replica(&pod(false)).unwrap().ready);
-    }
-
-    #[test]
-    fn headless_and_external_services_have_no_address() {
-        let service = |text: &str| serde_json::from_str::<ServiceFields>(text).unwrap().read();
-
-        assert!(
-            service(r#"{"clusterIP":"None","clusterIPs":["None"],"type":"ClusterIP"}"#)
-                .addresses
-                .is_empty()
-        );
-        assert!(service(r#"{"type":"ExternalName","externalName":"db.example"}"#).external_name);
-        assert_eq!(
-            service(r#"{"clusterIP":"10.96.0.5","clusterIPs":["10.96.0.5","fd00::5"]}"#)
-                .addresses
-                .len(),
-            2
-        );
-    }
+    use crate::inventory::Service;
 
     #[tokio::test(start_paused = true)]
     async fn an_address_a_moment_ahead_of_the_watch_is_waited_for() {
