@@ -200,7 +200,8 @@ impl Source {
     }
 
     fn is_same_user(&self, from: SocketAddr) -> bool {
-        !from.ip().is_loopback() || peer::is_same_user(peer::Protocol::Udp, from, self.relay)
+        let is_local = from.ip().to_canonical().is_loopback();
+        !is_local || peer::is_same_user(peer::Protocol::Udp, from, self.relay)
     }
 }
 
@@ -281,5 +282,22 @@ async fn receive(outbound: &mut OutboundUdp) -> Option<Bytes> {
                 Err(_) => tokio::task::yield_now().await,
             }
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_local_source_needs_an_owner_in_either_form_of_loopback() {
+        // Nobody holds these ports, so no owner can be told.
+        for loopback in ["127.0.0.1", "[::ffff:127.0.0.1]", "[::1]"] {
+            let at = |port: u16| -> SocketAddr { format!("{loopback}:{port}").parse().unwrap() };
+
+            let mut source = Source::new(at(2), 0, at(3));
+
+            assert!(!source.admits(at(1)), "{loopback}");
+        }
     }
 }
