@@ -107,23 +107,26 @@ fn is_authenticated(head: &Head, shared: &Shared) -> bool {
     given.is_some_and(|value| credentials.verify_basic(value.as_bytes()))
 }
 
-/// The one thing that is served: the PAC file, to a browser that was told its address, and to no page of the web.
+/// The one thing that is served: the PAC file.
 fn origin_form(head: &Head, path: &str, stream: &TcpStream, shared: &Shared) -> Option<Answer> {
-    let proxy = stream.local_addr().ok()?;
-    let host = head.headers.get(HOST)?.to_str().ok()?;
-    let same_site = match head.headers.get("sec-fetch-site") {
-        None => true,
-        Some(site) => site == "none",
-    };
-    if head.method != Method::GET
-        || path != "/proxy.pac"
-        || !same_site
-        || !is_loopback_host(host, proxy)
-    {
+    let (client, proxy) = (stream.peer_addr().ok()?, stream.local_addr().ok()?);
+    if !may_have_pac(head, path, client, proxy) {
         return None;
     }
     let split = shared.dialer.upstream.split.borrow().clone();
     Some(Answer::pac(pac::script(&split, proxy)))
+}
+
+/// It names the cluster's Services and takes no password: it is for a browser on this machine that was told its
+/// address, and for no page of the web and no other machine, whose `Host` proves nothing.
+pub(super) fn may_have_pac(head: &Head, path: &str, client: SocketAddr, proxy: SocketAddr) -> bool {
+    let host = head.headers.get(HOST).and_then(|host| host.to_str().ok());
+    let site = head.headers.get("sec-fetch-site");
+    head.method == Method::GET
+        && path == "/proxy.pac"
+        && site.is_none_or(|site| site == "none")
+        && client.ip().to_canonical().is_loopback()
+        && host.is_some_and(|host| is_loopback_host(host, proxy))
 }
 
 fn is_loopback_host(host: &str, proxy: SocketAddr) -> bool {

@@ -9,7 +9,6 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::TcpStream;
 
 use super::super::http::head;
-use super::super::{Split, UserRules};
 use super::rig::{Rig, quick, read_to_end, with_login};
 
 /// A small server of HTTP/1.1 with keep-alive: answers with the request line's start and the Host.
@@ -425,64 +424,6 @@ async fn a_body_framed_wrongly_is_refused_and_the_origin_sees_no_second_request(
         assert!(answer.starts_with("HTTP/1.1 400 "), "{body:?}: {answer}");
     }
     assert!(heads.load(Ordering::Relaxed) <= 4, "one head a connection");
-}
-
-#[tokio::test]
-async fn origin_form_gets_400_and_nothing_to_read() {
-    let rig = Rig::start().await;
-    let port = rig.proxy.port();
-    for request in [
-        format!("GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"),
-        "GET /proxy.pac HTTP/1.1\r\nHost: rebound.example\r\n\r\n".to_owned(),
-        format!("GET /proxy.pac HTTP/1.1\r\nHost: rebound.example:{port}\r\n\r\n"),
-        "GET /proxy.pac HTTP/1.1\r\nHost: localhost\r\n\r\n".to_owned(),
-        format!(
-            "GET /proxy.pac HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nSec-Fetch-Site: cross-site\r\n\r\n"
-        ),
-        format!(
-            "GET /proxy.pac HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nSec-Fetch-Site: same-origin\r\n\r\n"
-        ),
-        format!("POST /proxy.pac HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"),
-        format!("GET /proxy.pac?x HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"),
-        format!(
-            "OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: http://evil.example\r\n\r\n"
-        ),
-    ] {
-        let answer = String::from_utf8(rig.say(request.as_bytes()).await).unwrap();
-        let expected = "HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-        assert_eq!(answer, expected, "{request}");
-    }
-}
-
-#[tokio::test]
-async fn the_pac_file_is_served_to_loopback_and_follows_the_split() {
-    let rig = Rig::start().await;
-    let proxy = rig.proxy;
-    let request =
-        format!("GET /proxy.pac HTTP/1.1\r\nHost: {proxy}\r\nSec-Fetch-Site: none\r\n\r\n");
-
-    let before = String::from_utf8(rig.say(request.as_bytes()).await).unwrap();
-    rig.split_tx.send_replace(Arc::new(Split::new(
-        tp_manager_api::ClusterView::default(),
-        UserRules {
-            all: true,
-            ..UserRules::default()
-        },
-    )));
-    let after = String::from_utf8(rig.say(request.as_bytes()).await).unwrap();
-
-    assert!(
-        before.contains("\r\ncontent-type: application/x-ns-proxy-autoconfig\r\n"),
-        "{before}"
-    );
-    assert!(
-        before.contains(&format!("SOCKS5 {proxy}; PROXY {proxy}")),
-        "{before}"
-    );
-    assert!(
-        before.contains(r#""everything":false"#) && after.contains(r#""everything":true"#),
-        "{after}"
-    );
 }
 
 #[tokio::test]

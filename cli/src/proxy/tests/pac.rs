@@ -1,13 +1,16 @@
-//! The PAC file in a browser's engine decides as the split does.
+//! The PAC file: in a browser's engine it decides as the split does, and only this machine gets it.
 
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tokio::process::Command;
 use tp_manager_api::ClusterView;
 
+use super::super::http::{self, head};
 use super::super::{Route, Split, UserRules, pac};
+use super::rig::Rig;
 
 /// `isInNet` as browsers have it, for literal addresses.
 const IS_IN_NET: &str = r#"
@@ -134,4 +137,74 @@ async fn evaluate(chromium: &str, script: &str) -> Value {
     let (title, _) =
         title.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)));
     serde_json::from_str(title).unwrap()
+}
+
+#[tokio::test]
+async fn origin_form_gets_400_and_nothing_to_read() {
+    let rig = Rig::start().await;
+    let port = rig.proxy.port();
+    for request in [
+        format!("GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"),
+        "GET /proxy.pac HTTP/1.1\r\nHost: rebound.example\r\n\r\n".to_owned(),
+        format!("GET /proxy.pac HTTP/1.1\r\nHost: rebound.example:{port}\r\n\r\n"),
+        "GET /proxy.pac HTTP/1.1\r\nHost: localhost\r\n\r\n".to_owned(),
+        format!(
+            "GET /proxy.pac HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nSec-Fetch-Site: cross-site\r\n\r\n"
+        ),
+        format!(
+            "GET /proxy.pac HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nSec-Fetch-Site: same-origin\r\n\r\n"
+        ),
+        format!("POST /proxy.pac HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"),
+        format!("GET /proxy.pac?x HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"),
+        format!(
+            "OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: http://evil.example\r\n\r\n"
+        ),
+    ] {
+        let answer = String::from_utf8(rig.say(request.as_bytes()).await).unwrap();
+        let expected = "HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        assert_eq!(answer, expected, "{request}");
+    }
+}
+
+#[test]
+fn the_pac_file_is_not_for_other_machines_whatever_they_call_themselves() {
+    let proxy = "0.0.0.0:1080".parse().unwrap();
+    let text = b"GET /proxy.pac HTTP/1.1\r\nHost: 127.0.0.1:1080\r\n\r\n";
+    let (head, _) = head::Head::parse(text).unwrap().unwrap();
+    let may =
+        |client: &str| http::may_have_pac(&head, "/proxy.pac", client.parse().unwrap(), proxy);
+
+    assert!(may("127.0.0.1:40000") && may("[::1]:40000") && may("[::ffff:127.0.0.1]:40000"));
+    assert!(!may("192.168.1.7:40000") && !may("[2001:db8::7]:40000"));
+}
+
+#[tokio::test]
+async fn the_pac_file_is_served_to_loopback_and_follows_the_split() {
+    let rig = Rig::start().await;
+    let proxy = rig.proxy;
+    let request =
+        format!("GET /proxy.pac HTTP/1.1\r\nHost: {proxy}\r\nSec-Fetch-Site: none\r\n\r\n");
+
+    let before = String::from_utf8(rig.say(request.as_bytes()).await).unwrap();
+    rig.split_tx.send_replace(Arc::new(Split::new(
+        ClusterView::default(),
+        UserRules {
+            all: true,
+            ..UserRules::default()
+        },
+    )));
+    let after = String::from_utf8(rig.say(request.as_bytes()).await).unwrap();
+
+    assert!(
+        before.contains("\r\ncontent-type: application/x-ns-proxy-autoconfig\r\n"),
+        "{before}"
+    );
+    assert!(
+        before.contains(&format!("SOCKS5 {proxy}; PROXY {proxy}")),
+        "{before}"
+    );
+    assert!(
+        before.contains(r#""everything":false"#) && after.contains(r#""everything":true"#),
+        "{after}"
+    );
 }
