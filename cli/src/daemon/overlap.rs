@@ -40,6 +40,11 @@ impl Workstation {
         Self { routes, names }
     }
 
+    /// Names of its hosts file, in lower case.
+    pub fn names(&self) -> &BTreeSet<String> {
+        &self.names
+    }
+
     /// One line for each collision that `split` would decide in favour of the cluster.
     pub fn overlaps(&self, view: &ClusterView, split: &Split) -> Vec<String> {
         let ranges = view.service_ranges.iter().chain(&view.pod_ranges);

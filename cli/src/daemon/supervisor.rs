@@ -408,12 +408,13 @@ impl Supervisor {
             let names = names.into_iter().collect();
             view.services.insert(view.namespace.clone(), names);
         }
+        let workstation = Workstation::read();
         let split = Split::new(view.clone(), self.rules.clone());
         let split = match anybodys_guess {
-            true => split.with_any_label(),
+            true => split.with_any_label_but(workstation.names().clone()),
             false => split,
         };
-        let overlaps = Workstation::read().overlaps(&view, &split);
+        let overlaps = workstation.overlaps(&view, &split);
         self.split_tx.send_replace(Arc::new(split));
         self.facts_tx.send_modify(|facts| {
             facts.manager = Some(view.manager);

@@ -23,7 +23,7 @@ pub fn script(split: &Split, proxy: SocketAddr) -> String {
         "everything": split.everything(),
         "namespace": view.namespace,
         "services": split.services(),
-        "anyLabel": split.any_label(),
+        "anyLabelBut": split.any_label_but(),
         "suffixes": suffixes,
         "ranges": ranges.map(range).collect::<Vec<_>>(),
         "also": rules(&split.rules().also_proxy),

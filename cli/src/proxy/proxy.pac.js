@@ -28,7 +28,7 @@ function tpService(service, namespace) {
 function tpName(host) {
   if (tpBelow(["svc"], host) || tpBelow(tp.suffixes, host) || tpHas(tp.suffixes, host)) return true;
   var labels = host.split(".");
-  if (labels.length === 1) return tp.anyLabel || tpService(host, tp.namespace);
+  if (labels.length === 1) return (tp.anyLabelBut && !tpHas(tp.anyLabelBut, host)) || tpService(host, tp.namespace);
   if (labels.length === 2) {
     return tpService(labels[0], labels[1]) || (/^.+-\d+$/.test(labels[0]) && tpService(labels[1], tp.namespace));
   }

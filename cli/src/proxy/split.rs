@@ -38,7 +38,8 @@ pub enum Route {
 pub struct Split {
     view: ClusterView,
     services: BTreeMap<String, BTreeSet<String>>,
-    any_label: bool,
+    /// Single labels that are not taken for Services, where all others are.
+    any_label_but: Option<BTreeSet<String>>,
     rules: UserRules,
 }
 
@@ -54,15 +55,15 @@ impl Split {
         Self {
             view,
             services,
-            any_label: false,
+            any_label_but: None,
             rules,
         }
     }
 
-    /// Where nobody may say which Services there are, each single label is taken for one. Longer names are not: they
-    /// would capture names of the Internet.
-    pub fn with_any_label(mut self) -> Self {
-        self.any_label = true;
+    /// Where nobody may say which Services there are, each single label is taken for one, but for those that are
+    /// known to be the workstation's. Longer names are not: they would capture names of the Internet.
+    pub fn with_any_label_but(mut self, own: BTreeSet<String>) -> Self {
+        self.any_label_but = Some(own);
         self
     }
 
@@ -106,8 +107,8 @@ impl Split {
         &self.view
     }
 
-    pub(super) fn any_label(&self) -> bool {
-        self.any_label
+    pub(super) fn any_label_but(&self) -> Option<&BTreeSet<String>> {
+        self.any_label_but.as_ref()
     }
 
     pub(super) fn services(&self) -> &BTreeMap<String, BTreeSet<String>> {
@@ -135,13 +136,18 @@ impl Split {
         let own = self.view.namespace.as_str();
         let mut labels = name.split('.');
         match (labels.next(), labels.next(), labels.next(), labels.next()) {
-            (Some(service), None, ..) => self.any_label || self.exists(service, own),
+            (Some(service), None, ..) => self.is_any_label(service) || self.exists(service, own),
             (Some(first), Some(second), None, _) => {
                 self.exists(first, second) || (is_stateful_pod(first) && self.exists(second, own))
             }
             (Some(_), Some(service), Some(namespace), None) => self.exists(service, namespace),
             _ => false,
         }
+    }
+
+    fn is_any_label(&self, label: &str) -> bool {
+        let but = self.any_label_but.as_ref();
+        but.is_some_and(|own| !own.contains(label))
     }
 
     fn exists(&self, service: &str, namespace: &str) -> bool {
@@ -220,12 +226,13 @@ mod tests {
 
     #[test]
     fn while_services_are_unknown_single_labels_go_to_the_cluster_and_no_longer_names() {
-        let split = Split::new(view(), UserRules::default()).with_any_label();
+        let own = ["laptop".to_owned()].into();
+        let split = Split::new(view(), UserRules::default()).with_any_label_but(own);
 
         for name in ["web", "whatever", "web.shop", "whatever.svc"] {
             assert_eq!(route(&split, name), Route::Cluster, "{name}");
         }
-        for name in ["whatever.shop", "pod-1.whatever", "example.com"] {
+        for name in ["whatever.shop", "pod-1.whatever", "example.com", "laptop"] {
             assert_eq!(route(&split, name), Route::Direct, "{name}");
         }
     }
