@@ -65,9 +65,17 @@ pub async fn start(
     let wanted: Job = serde_json::from_value(manifest)
         .or_fail(|| "cannot describe the temporary manager".to_owned())?;
     let jobs: Api<Job> = Api::namespaced(cluster.client.clone(), namespace);
-    cluster
-        .in_time(jobs.create(&PostParams::default(), &wanted))
-        .await?;
+    let params = PostParams::default();
+    let creating = async {
+        match jobs.create(&params, &wanted).await {
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
+            created => created.map(|_| true),
+        }
+    };
+    if !cluster.in_time(creating).await? {
+        return Err(Failure::new(format!("there is no namespace {namespace}"))
+            .hint("choose one that exists with `-n`"));
+    }
     match running(cluster, namespace, &job).await {
         Ok((pod, key_hash)) => Ok(TemporaryManager { pod, key_hash, job }),
         Err(failure) => {

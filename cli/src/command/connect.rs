@@ -21,8 +21,15 @@ use crate::report::{self, BEFORE_COMMAND, Failure, OrFail, Output, USAGE, escape
 /// Connect to a cluster: a SOCKS5 and HTTP proxy on loopback that reaches its Services, pods and names
 ///
 /// The connection goes on in the background; `tp status` shows it, `tp quit` ends it. With `-- COMMAND` it lives as long
-/// as the command, which finds the proxy in its environment.
+/// as the command, which finds the proxy in its environment, and its exit code is the command's.
 #[derive(clap::Args, Debug, Clone)]
+#[command(after_help = "\
+Examples:
+  tp connect -n shop                        then: eval \"$(tp env)\"; curl http://web/
+  tp connect -n shop -- ./run-tests         only for this command
+  tp connect --temporary                    where no manager is installed
+  tp connect --never-proxy 10.0.0.0/8       keep the office network's addresses
+")]
 pub struct Args {
     /// Serve a proxy; the only mode so far, and the default
     #[arg(long)]
@@ -33,16 +40,16 @@ pub struct Args {
     /// Name of this connection [default: the context's name]
     #[arg(long, value_name = "NAME", value_parser = connection_name)]
     pub name: Option<String>,
-    /// Port or address to listen on; 0 is any free port [default: 127.0.0.1:1080, or the next free port]
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    /// Port, or address and port, to listen on; port 0 is any free one [default: 127.0.0.1:1080, or the next free port]
+    #[arg(long, value_name = "[ADDRESS:]PORT")]
     pub listen: Option<Listen>,
     /// Send everything to the cluster, the internet too; needs the right to leave it
     #[arg(long)]
     pub all: bool,
-    /// Send this to the cluster too: CIDR, host or *.suffix; repeatable
+    /// Send this to the cluster too: CIDR, address, host or *.suffix; repeatable, or separated by commas
     #[arg(long, value_name = "WHAT", value_delimiter = ',', value_parser = rule)]
     pub also_proxy: Vec<String>,
-    /// Never send this to the cluster: CIDR, host or *.suffix; repeatable
+    /// Never send this to the cluster, whatever else says so: CIDR, address, host or *.suffix; as above
     #[arg(long, value_name = "WHAT", value_delimiter = ',', value_parser = rule)]
     pub never_proxy: Vec<String>,
     /// Stay in the foreground until Ctrl-C
@@ -57,7 +64,7 @@ pub struct Args {
     /// Hash of that manager's own key
     #[arg(long, value_name = "sha256:…", requires = "key")]
     pub manager_key: Option<KeyHash>,
-    /// Run a manager for this connection only, as a Job in the namespace
+    /// Needs no installed manager: runs one for this connection only, as a Job in the namespace, and reaches that one
     #[arg(long, conflicts_with = "via")]
     pub temporary: bool,
     /// Image of the temporary manager [default: the one of this release]
@@ -69,10 +76,10 @@ pub struct Args {
     /// Let other machines use the proxy; needs --proxy-user and a password
     #[arg(long, requires = "proxy_user")]
     pub allow_lan: bool,
-    /// User name that the proxy asks for
+    /// User name that the proxy asks for; goes with --proxy-password or --proxy-password-file
     #[arg(long, value_name = "NAME")]
     pub proxy_user: Option<String>,
-    /// Password that the proxy asks for
+    /// Password that the proxy asks for; lists of processes show the flag, and not the variable
     #[arg(
         long,
         value_name = "PASSWORD",

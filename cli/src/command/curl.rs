@@ -14,7 +14,7 @@ pub struct Args {
     /// The connection [default: the only one]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// What curl is told
+    /// Arguments of curl; put `--` before them when the first one is also a flag of tp
     #[arg(
         value_name = "ARGUMENTS",
         trailing_var_arg = true,

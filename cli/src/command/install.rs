@@ -10,7 +10,7 @@ use crate::install::{Settings, VERSION, apply, manifests, rollout};
 use crate::kubeconfig::{self, Cluster, Selectors};
 use crate::report::{self, Failure, Output};
 
-/// Put the manager into the cluster
+/// Put the manager into the cluster: once, by an administrator
 #[derive(clap::Args, Debug, Clone)]
 pub struct Args {
     /// Image of the manager [default: the one of this release]
@@ -28,7 +28,7 @@ pub struct Args {
     /// Print the manifests and change nothing; needs no cluster
     #[arg(long)]
     pub dry_run: bool,
-    /// How long to wait until the manager works
+    /// How long to wait until the manager works, as `30s` or `5m`
     #[arg(long, value_name = "TIME", default_value = "120s", value_parser = kubeconfig::duration)]
     pub timeout: Duration,
     /// Which cluster, and as whom.

@@ -20,13 +20,13 @@ pub struct Args {
 enum Action {
     /// Make a new key in a new file that only you can read, and print its hash
     New {
-        /// The file
+        /// The file of the private key
         #[arg(long, value_name = "FILE", default_value = "tp-key.pem")]
         file: PathBuf,
     },
     /// Print the hash of a key
     Hash {
-        /// The file
+        /// The file of the private key
         #[arg(long, value_name = "FILE", default_value = "tp-key.pem")]
         file: PathBuf,
     },

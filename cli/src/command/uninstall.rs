@@ -14,13 +14,13 @@ use crate::report::{self, Failure, Output};
 /// Take the manager out of the cluster
 #[derive(clap::Args, Debug, Clone)]
 pub struct Args {
-    /// Leave nothing behind: sessions, definitions, policies, roles, the key and the namespace go as well
+    /// Leave nothing behind: sessions, definitions, policies, roles, the key and the namespace go as well, and your connections end
     #[arg(long)]
     pub everything: bool,
     /// Namespace of the manager
     #[arg(long, value_name = "NAMESPACE", default_value = MANAGER_NAMESPACE)]
     pub manager_namespace: String,
-    /// How long to wait until all is gone
+    /// How long to wait until all is gone, as `30s` or `5m`
     #[arg(long, value_name = "TIME", default_value = "120s", value_parser = kubeconfig::duration)]
     pub timeout: Duration,
     /// Which cluster, and as whom.

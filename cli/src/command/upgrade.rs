@@ -26,7 +26,7 @@ pub struct Args {
     /// Secret with which nodes pull the image; repeatable [default: as before]
     #[arg(long, value_name = "SECRET")]
     pub pull_secret: Vec<String>,
-    /// How long to wait until the manager works
+    /// How long to wait until the manager works, as `30s` or `5m`
     #[arg(long, value_name = "TIME", default_value = "120s", value_parser = kubeconfig::duration)]
     pub timeout: Duration,
     /// Which cluster, and as whom.
