@@ -206,6 +206,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> PortForwardStream<S> {
         self.poll_written(cx)
     }
 
+    /// Goes on with a flush that was put off, and with what it handed over until all of it has left.
+    fn poll_owed_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.put_off {
+            true => self.poll_flush_now(cx),
+            false => self.poll_written(cx),
+        }
+    }
+
     fn poll_written(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.unflushed {
             ready!(Pin::new(&mut self.ws).poll_flush(cx)).map_err(io_error)?;
@@ -221,9 +229,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for PortForwardStream<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.put_off
-            && let Poll::Ready(Err(error)) = self.poll_flush_now(cx)
-        {
+        // Whoever asked for a flush was told that it is done, and now only waits for an answer.
+        if let Poll::Ready(Err(error)) = self.poll_owed_flush(cx) {
             return Poll::Ready(Err(error));
         }
         if self.unread.is_empty() {
@@ -388,6 +395,22 @@ mod tests {
         stream.read_exact(&mut data).await.unwrap();
         assert!(data.iter().all(|byte| *byte == 7));
         drop(server.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_flushed_message_leaves_while_its_writer_waits_for_the_answer() {
+        let (mut stream, mut server) = pair(4096).await;
+        stream.write_all(&[7; 60_000]).await.unwrap();
+        stream.flush().await.unwrap();
+        let asking = tokio::spawn(async move { stream.read_u8().await });
+        // The request meets a full pipe first.
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        let receiving = tokio::time::timeout(std::time::Duration::from_secs(5), server.next());
+        let received = receiving.await.expect("the request arrives").unwrap();
+        assert_eq!(received.unwrap().into_data().len(), 1 + 60_000);
+        open_channels(&mut server).await;
+        server.send(message(DATA, b".")).await.unwrap();
+        assert_eq!(asking.await.unwrap().unwrap(), b'.');
     }
 
     #[tokio::test]
