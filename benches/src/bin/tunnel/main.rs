@@ -23,7 +23,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn rounds() -> usize {
     const DEFAULT: usize = 7;
     let asked = std::env::var("BENCH_ROUNDS").ok();
-    asked.and_then(|rounds| rounds.parse().ok()).unwrap_or(DEFAULT)
+    asked
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(DEFAULT)
 }
 
 const MIB: u64 = 1 << 20;
@@ -150,6 +152,11 @@ fn streams() -> anyhow::Result<()> {
                     "1 flow",
                     load::throughput(path.address, direction, 1, 768 * MIB)?,
                 );
+                // What the far peer and the kernel alone make of it: the tunnel has two more such hops.
+                for (row, flows) in [("loopback, 1", 1), ("loopback, 64", 64)] {
+                    let rate = load::throughput(direct.address, direction, flows, 2048 * MIB)?;
+                    table.add(direction, row, rate);
+                }
                 table.add(
                     direction,
                     "8 flows",
