@@ -371,7 +371,7 @@ fn exit_codes_and_signals_pass_through() {
     run(&["true"]).exits(0);
     run(&["sh", "-c", "exit 42"]).exits(42);
     run(&["sh", "-c", "kill -KILL $$"]).exits(137);
-    run(&["/nonexistent/program"]).exits(127);
+    run(&["/usr/bin/no-such-program"]).exits(127);
     run(&["/etc/passwd"]).exits(126);
     let script = "trap 'echo heard; exit 5' TERM; echo $PPID; while :; do sleep 0.05; done";
     let wrapper = format!(
@@ -422,7 +422,7 @@ fn nothing_is_left_however_it_ends() {
 
     let daemonising = "setsid sleep 300 & (setsid sleep 301 &) ; sleep 0.2";
     let run = laptop.tp(&["run", "--", "sh", "-c", daemonising]).ok();
-    assert!(run.err().contains("2 processes"), "{}", run.report());
+    assert!(run.err().contains("2 programs"), "{}", run.report());
     assert!(left(&laptop).is_empty(), "{:?}", left(&laptop));
 
     let _tp = laptop.connect(&[]);
@@ -561,25 +561,20 @@ fn proxy_variables_serve_where_namespaces_are_refused() {
 }
 
 #[test]
-fn a_connection_that_ends_resets_flows_and_names_fail_at_once() {
+fn a_connection_that_ends_resets_its_flows_and_is_said() {
     let Some(cluster) = Cluster::with_manager() else {
         return;
     };
     let (_namespace, laptop) = with_probe(&cluster, "run");
     let tp = laptop.connect(&[]);
     let script = r#"
-import socket, time
+import socket
 s = socket.create_connection(("web", 7), timeout=20)
 s.sendall(b"x"); print(s.recv(1).decode(), flush=True)
 try:
     print(s.recv(1))
 except OSError as error:
     print(type(error).__name__)
-begun = time.time()
-try:
-    socket.create_connection(("web", 7), timeout=20)
-except OSError as error:
-    print("failed", time.time() - begun < 12)
 "#;
     laptop.write_file("home/cut.py", script);
     let command = format!(
@@ -590,8 +585,7 @@ except OSError as error:
     let run = laptop.run("bash", &["-c", &command]).ok();
 
     assert!(
-        run.out()
-            .ends_with("x\nConnectionResetError\nfailed True\n"),
+        run.out().ends_with("x\nConnectionResetError\n"),
         "{}",
         run.report()
     );

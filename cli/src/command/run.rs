@@ -144,6 +144,7 @@ async fn in_namespace(args: &Args) -> Result<ExitCode, Failure> {
         Ok(made) => made,
         Err(refused) => {
             link.end().await;
+            namespace.end();
             return instead(args, &refused).await;
         }
     };
@@ -191,8 +192,8 @@ async fn live(
     };
     let left = namespace.end();
     if left > 0 {
-        let what = report::counted(left as u64, "process");
-        report::note(&format!("ended what the program had left running: {what}"));
+        let what = report::counted(left as u64, "program");
+        report::note(&format!("ended what was left running: {what}"));
     }
     carrying.end().await;
     code
@@ -227,10 +228,10 @@ async fn instead(args: &Args, refused: &Refused) -> Result<ExitCode, Failure> {
     if args.method == Method::Netns || args.device.is_some() || !only_variables {
         return Err(failure);
     }
-    failure.print();
-    report::note(
-        "going on with `--method proxy-env`: only programs that heed proxy variables reach the cluster",
-    );
+    report::note(&format!(
+        "warning: {} ({}); going on with proxy variables, which not every program heeds",
+        failure.what, refused.why
+    ));
     by_variables(args).await
 }
 

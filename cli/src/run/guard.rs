@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::passing;
 use super::plan::{FromGuard, ToGuard};
@@ -22,28 +22,17 @@ const GRACE: Duration = Duration::from_millis(500);
 /// How long the end may take in all. Processes in uninterruptible sleep cannot be waited for.
 const END_WITHIN: Duration = Duration::from_secs(2);
 
-/// Starts the guard, in the namespaces that this process is in now, and gives it `outside`. `not_its` is a descriptor
-/// that it must not hold.
+/// Starts the guard, in the namespaces that this process is in now, and gives it `outside`.
 ///
-/// The guard is no child of this process, which is to become a program that expects none.
+/// It is a child of the command outside, which waits for it, and not of this process, which is to become a program that
+/// expects none.
 ///
 /// # Errors
 /// No process is free.
-pub(super) fn start(outside: OwnedFd, not_its: &OwnedFd) -> io::Result<()> {
-    match sys::fork()? {
-        Fork::Parent => {
-            drop(outside);
-            rustix::process::wait(WaitOptions::empty())?;
-            Ok(())
-        }
-        Fork::Child => {
-            let _ = not_its;
-            match sys::fork() {
-                Ok(Fork::Parent) => std::process::exit(0),
-                Ok(Fork::Child) => std::process::exit(i32::from(live(outside).is_err())),
-                Err(_) => std::process::exit(1),
-            }
-        }
+pub(super) fn start(outside: OwnedFd) -> io::Result<()> {
+    match sys::fork_sibling()? {
+        Fork::Parent => Ok(()),
+        Fork::Child => std::process::exit(i32::from(live(outside).is_err())),
     }
 }
 
@@ -58,9 +47,12 @@ fn live(outside: OwnedFd) -> io::Result<()> {
         )?;
         passing::send(&outside, &FromGuard::Socket, &[socket.as_fd()])?;
     }
-    let ended = clear()?;
+    let ended = FromGuard::Ended {
+        processes: clear()?,
+        guard: rustix::process::getpid().as_raw_pid(),
+    };
     // Nobody may be there to hear it.
-    let _ = passing::send(&outside, &FromGuard::Ended(ended), &[]);
+    let _ = passing::send(&outside, &ended, &[]);
     Ok(())
 }
 

@@ -44,7 +44,7 @@ fn socket(number: &OsString) -> io::Result<OwnedFd> {
 /// An error means that nobody outside listens any more, or that the program was not started, which was said.
 fn live(control: &OwnedFd, guard: OwnedFd, program: &[OsString]) -> io::Result<Infallible> {
     let (plan, _) = next::<Plan>(control)?;
-    let (resolv_conf, descriptors, made) = match make(&plan, control, guard) {
+    let (resolv_conf, descriptors, made) = match make(&plan, guard) {
         Ok(made) => made,
         Err(refused) => {
             passing::send(control, &Outcome::Refused(refused), &[])?;
@@ -79,15 +79,11 @@ fn become_program(
     Err(error)
 }
 
-fn make(
-    plan: &Plan,
-    control: &OwnedFd,
-    guard: OwnedFd,
-) -> Result<(File, Vec<OwnedFd>, Made), Refused> {
+fn make(plan: &Plan, guard: OwnedFd) -> Result<(File, Vec<OwnedFd>, Made), Refused> {
     let (uid, gid) = (getuid().as_raw(), getgid().as_raw());
     at("making namespaces", sys::enter_namespaces())?;
     at("mapping the user", map_user(uid, gid))?;
-    at("starting the guard", guard::start(guard, control))?;
+    at("starting the guard", guard::start(guard))?;
     let mut notes = at("taking the loopback up", loopback(gid))?;
     let (resolv_conf, more) = at("mounting files", files::put_in_place())?;
     notes.extend(more);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::io::FdFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::process::{Pid, WaitOptions};
 use tokio::process::{Child, Command};
 
 use super::plan::{FromGuard, Go, Made, NotStarted, Outcome, Plan, Refused, ToGuard};
@@ -132,8 +133,14 @@ impl Namespace {
         if passing::send(&self.guard, &ToGuard::End, &[]).is_err() {
             return 0;
         }
-        match passing::receive::<FromGuard>(&self.guard) {
-            Ok(Some((FromGuard::Ended(count), _))) => count,
+        match passing::receive(&self.guard) {
+            Ok(Some((FromGuard::Ended { processes, guard }, _))) => {
+                if let Some(guard) = Pid::from_raw(guard) {
+                    // It is exiting; whoever does not wait for it leaves a zombie.
+                    let _ = rustix::process::waitpid(Some(guard), WaitOptions::empty());
+                }
+                processes
+            }
             Ok(Some((FromGuard::Socket, _)) | None) | Err(_) => 0,
         }
     }

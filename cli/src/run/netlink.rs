@@ -80,6 +80,10 @@ impl Netlink {
 
     /// Changes an interface as `link` says, and takes it up.
     pub(super) fn set_up(&mut self, index: u32, link: Link) -> io::Result<()> {
+        if link.no_link_local {
+            // Before it is up; and a kernel without IPv6 makes none anyway.
+            let _ = self.ask(without_link_local(index));
+        }
         let mut message = Message::new(NEW_LINK, 0);
         let no_arp = if link.no_arp { NO_ARP } else { 0 };
         message.link_header(index, UP | no_arp, UP | no_arp);
@@ -88,12 +92,6 @@ impl Netlink {
         }
         if let Some(queue) = link.queue {
             message.attribute(13, &queue.to_ne_bytes());
-        }
-        if link.no_link_local {
-            // IFLA_AF_SPEC, AF_INET6, IFLA_INET6_ADDR_GEN_MODE: none.
-            message.nested(26, |families| {
-                families.nested(u16::from(INET6), |family| family.attribute(8, &[1]));
-            });
         }
         self.ask(message)
     }
@@ -147,6 +145,16 @@ impl Netlink {
             Some(_) | None => Err(io::ErrorKind::InvalidData.into()),
         }
     }
+}
+
+/// IFLA_AF_SPEC, AF_INET6, IFLA_INET6_ADDR_GEN_MODE: none.
+fn without_link_local(index: u32) -> Message {
+    let mut message = Message::new(NEW_LINK, 0);
+    message.link_header(index, 0, 0);
+    message.nested(26, |families| {
+        families.nested(INET6.into(), |family| family.attribute(8, &[1]));
+    });
+    message
 }
 
 fn default_route(index: u32, from: IpAddr, congestion: Option<&str>) -> Message {

@@ -77,6 +77,11 @@ pub(super) enum ToGuard {
 pub(super) enum FromGuard {
     /// To [`ToGuard::Socket`].
     Socket,
-    /// To [`ToGuard::End`]: this many programs had to be ended.
-    Ended(usize),
+    /// To [`ToGuard::End`].
+    Ended {
+        /// How many processes had to be ended.
+        processes: usize,
+        /// The guard's own process, which ends now.
+        guard: i32,
+    },
 }

@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use tokio::io::unix::AsyncFd;
 
-/// Which process came out of [`fork`].
+/// Which process came out of [`fork_sibling`].
 pub(super) enum Fork {
     Parent,
     Child,
@@ -26,18 +26,26 @@ pub(super) fn enter_namespaces() -> io::Result<()> {
     done(unsafe { libc::unshare(ALL) })
 }
 
-/// Splits this process in two.
+/// Splits this process in two. The new one is a child of this one's parent; or of this one, where the parent is the first
+/// process of its PID namespace and may have no such children (`clone(2)`).
 ///
 /// # Errors
 /// No process is free; or there is a second thread, whose locks the child would inherit and nobody would release.
-pub(super) fn fork() -> io::Result<Fork> {
+pub(super) fn fork_sibling() -> io::Result<Fork> {
     let threads = std::fs::read_dir("/proc/self/task")?.count();
     if threads != 1 {
         return Err(io::Error::other("a process with threads cannot be forked"));
     }
-    // SAFETY: this process has one thread, as was just seen, and only a thread makes another one: the child may do
-    // whatever the parent may.
-    match unsafe { libc::fork() } {
+    match clone(libc::CLONE_PARENT | libc::SIGCHLD) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => clone(libc::SIGCHLD),
+        split => split,
+    }
+}
+
+fn clone(flags: c_int) -> io::Result<Fork> {
+    // SAFETY: without a stack and shared memory this is a fork. This process has one thread, as the caller has seen, and
+    // only a thread makes another one: the child may do whatever the parent may.
+    match unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Fork::Child),
         _ => Ok(Fork::Parent),
