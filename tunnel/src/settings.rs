@@ -34,13 +34,16 @@ impl Default for Settings {
             ping_timeout: Duration::from_secs(5),
             peer_silence: Duration::from_secs(30),
             datagram_idle: Duration::from_secs(120),
-            window_min: 1 << 20,
+            window_min: WINDOW_MIN,
             window_max: 16 << 20,
             held_max: 64 << 20,
             streams_max: 20_000,
         }
     }
 }
+
+/// Smallest and first stream window: a whole request body fits.
+pub(crate) const WINDOW_MIN: u32 = 1 << 20;
 
 /// Payload of one DATA frame: with its header of nine bytes it fills exactly two TLS records of 16 KiB.
 pub(crate) const FRAME_PAYLOAD: usize = 32 * 1024 - 9;

@@ -3,6 +3,8 @@
 use bytes::{Bytes, BytesMut};
 use h2::RecvStream;
 
+use crate::settings::WINDOW_MIN;
+
 /// Why a body was not taken.
 #[derive(Debug)]
 pub(crate) enum BodyError {
@@ -11,6 +13,9 @@ pub(crate) enum BodyError {
 }
 
 /// Collects a body of at most `max` bytes. A body in one frame is not copied.
+///
+/// What fits a stream's smallest window keeps its credit until it is complete, so that all unfinished bodies of a
+/// connection together hold at most the connection's window.
 pub(crate) async fn collect(mut body: RecvStream, max: usize) -> Result<Bytes, BodyError> {
     let mut collected = Collected::Nothing;
     while let Some(data) = body.data().await {
@@ -18,9 +23,12 @@ pub(crate) async fn collect(mut body: RecvStream, max: usize) -> Result<Bytes, B
         if collected.len() + data.len() > max {
             return Err(BodyError::TooLarge);
         }
-        let _ = body.flow_control().release_capacity(data.len());
+        if max > WINDOW_MIN as usize {
+            let _ = body.flow_control().release_capacity(data.len());
+        }
         collected = collected.and(data);
     }
+    // Dropping the stream returns the credit that was kept.
     Ok(collected.into())
 }
 
