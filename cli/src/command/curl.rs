@@ -28,21 +28,52 @@ pub struct Args {
 /// # Errors
 /// There is no such connection, or no curl.
 pub async fn run(args: Args, _output: &Output) -> Result<ExitCode, Failure> {
-    let proxy = socks_url(args.name.as_deref())
+    let variables = variables(args.name.as_deref())
         .await
         .map_err(|failure| failure.exit(BEFORE_COMMAND))?;
     let program = OsString::from("curl");
     let error = Command::new(&program)
-        .arg("--proxy")
-        .arg(proxy)
+        .envs(through_socks(&variables)?)
         .args(args.arguments)
         .exec();
     Err(child::not_started(&program, &error))
 }
 
-async fn socks_url(name: Option<&str>) -> Result<String, Failure> {
-    let variables = peers::one(name)?.variables().await?;
-    let socks = variables.into_iter().find(|(name, _)| name == "ALL_PROXY");
+async fn variables(name: Option<&str>) -> Result<Vec<(String, String)>, Failure> {
+    peers::one(name)?.variables().await
+}
+
+/// The variables with SOCKS for every scheme, so that one way serves all. They may hold a password, which every user
+/// of the machine could read among curl's arguments.
+fn through_socks(variables: &[(String, String)]) -> Result<Vec<(String, String)>, Failure> {
+    let socks = variables.iter().find(|(name, _)| name == "ALL_PROXY");
     let (_, url) = socks.ok_or_else(|| Failure::new("the daemon names no proxy"))?;
-    Ok(url)
+    let routed = |(name, value): &(String, String)| {
+        let value = match name.eq_ignore_ascii_case("NO_PROXY") {
+            true => value,
+            false => url,
+        };
+        (name.clone(), value.clone())
+    };
+    Ok(variables.iter().map(routed).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_scheme_takes_socks_and_loopback_stays_direct() {
+        let given = [
+            ("ALL_PROXY", "socks5h://ada:secret@127.0.0.1:1080"),
+            ("http_proxy", "http://ada:secret@127.0.0.1:1080"),
+            ("no_proxy", "localhost"),
+        ];
+        let given = given.map(|(name, value)| (name.to_owned(), value.to_owned()));
+
+        let routed = through_socks(&given).unwrap();
+
+        let values: Vec<_> = routed.iter().map(|(_, value)| value.as_str()).collect();
+        assert_eq!(values, [given[0].1.as_str(), &given[0].1, "localhost"]);
+    }
 }
