@@ -102,6 +102,16 @@ fn check_skew(locator: &ManagerLocator) -> Result<(), Unmet> {
     Err(Unmet::lasting(failure))
 }
 
+/// A DNS subdomain (RFC 1123), which every pod's name is. It becomes part of a path that is asked for with the user's
+/// rights.
+fn is_object_name(name: &str) -> bool {
+    let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.');
+    (1..=253).contains(&name.len())
+        && name.bytes().all(allowed)
+        && !name.starts_with(['-', '.'])
+        && !name.contains("..")
+}
+
 /// See the module.
 pub struct PortForward {
     login: Login,
@@ -137,7 +147,7 @@ impl PortForward {
     async fn open(&self, place: &Place) -> Result<BoxedStream, Unmet> {
         let pods = format!("/api/v1/namespaces/{}/pods", self.namespace);
         let request = Request::new(pods).portforward(&place.name, &[place.port]);
-        let request = request.expect("a pod's name and a port make a valid request");
+        let request = request.expect("an object's name and a port make a valid request");
         let cluster = self.login.cluster().await.map_err(Unmet::passing)?;
         let connection = cluster.in_time(cluster.client.connect(request)).await;
         let connection = connection.map_err(|failure| self.not_forwarded(place, failure))?;
@@ -191,6 +201,13 @@ impl CarrierDialer for PortForward {
                     failure.hint(format!("`kubectl -n {namespace} get pods` shows why")),
                 ));
             }
+            if let Some(name) = locator.pods.iter().find(|name| !is_object_name(name)) {
+                let failure = Failure::new(format!("{name:?} is not the name of a pod"));
+                return Err(Unmet::passing(failure.within(format!(
+                    "ConfigMap {MANAGER_NAME} in namespace {} does not describe a manager",
+                    self.namespace
+                ))));
+            }
             let port = locator.port;
             Ok(locator
                 .pods
@@ -209,6 +226,26 @@ impl CarrierDialer for PortForward {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_names_of_objects_become_part_of_a_path() {
+        for name in ["tp-manager-9bb567545-hk8x4", "a", "a.b-1"] {
+            assert!(is_object_name(name), "{name}");
+        }
+        for name in [
+            "",
+            "../../secrets",
+            "..",
+            "a b",
+            "a?x",
+            "A",
+            "a/b",
+            "a%2f",
+            "a\n",
+        ] {
+            assert!(!is_object_name(name), "{name}");
+        }
+    }
 
     fn locator(oldest_protocol: u32, protocol: u32) -> ManagerLocator {
         ManagerLocator {
