@@ -50,7 +50,7 @@ fn main() -> Result<()> {
             })?;
         }
     }
-    let connecting: [(&str, fn(&dyn Path) -> Result<Duration>); 3] = [
+    let connecting: [(&str, Timed); 3] = [
         ("C2 new connection to first echoed byte, ms", first_byte),
         ("C2 connected (SOCKS success), ms", connected),
         (
@@ -116,6 +116,9 @@ fn compare(
     }
     Ok(())
 }
+
+/// One connection, timed.
+type Timed = fn(&dyn Path) -> Result<Duration>;
 
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3

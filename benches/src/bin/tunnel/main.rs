@@ -32,9 +32,8 @@ const MIB: u64 = 1 << 20;
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match arguments.first().map(String::as_str) {
-        Some("entry" | "exit") => return ends::run(&arguments),
-        Some(_) | None => {}
+    if let Some("entry" | "exit") = arguments.first().map(String::as_str) {
+        return ends::run(&arguments);
     }
     let wanted =
         |name: &str| arguments.is_empty() || arguments.iter().any(|argument| argument == name);
