@@ -1,6 +1,6 @@
 //! The daemon's log: JSON lines in a file that cannot fill a disk.
 //!
-//! Two files of at most [`LARGEST`] each: when the newer is full it takes the older one's place. What cannot be written
+//! Two files of at most `LARGEST` each: when the newer is full it takes the older one's place. What cannot be written
 //! is dropped; a full disk must not stop traffic.
 
 use std::fs::{self, File, OpenOptions};

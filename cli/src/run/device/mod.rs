@@ -1,6 +1,6 @@
 //! Where the packets of a namespace come out: one trait, and a kind of device for each that a kernel may allow.
 //!
-//! A device is made inside the namespace ([`make`]) and used outside of it, by whoever got its descriptor.
+//! A device is made inside the namespace (`make`) and used outside of it, by whoever got its descriptor.
 //! It moves single IP packets with what is still to be done to them; it knows no flows.
 
 use std::io;
