@@ -11,7 +11,7 @@ export TP_BIN_DIR = $(CARGO_TARGET_DIR)/$(TARGET)/release
 IMAGE   := target/image/tp.tar
 CLUSTER := tests/cluster
 
-.PHONY: help demo demo-cluster test test-only binaries image cluster cluster-down packages lint fuzz fuzz-smoke soak bench
+.PHONY: help demo demo-cluster test test-only binaries image cluster cluster-down packages lint fuzz fuzz-smoke soak bench bench-cluster
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -59,5 +59,10 @@ fuzz-smoke: ## twenty seconds for each fuzz target
 soak: packages cluster binaries image ## the long counts: 100,000 short connections, 10,000 idle flows
 	TP_SOAK=1 cargo test --locked -p tp-tests --test many_flows -- --nocapture --test-threads=1
 
-bench: packages cluster binaries image ## the benchmarks, each against its peer in the same run
-	cargo bench --locked -p tp-benches
+bench: bench-cluster ## the benchmarks, each against its peer in the same run
+	$(CARGO_TARGET_DIR)/release/tunnel
+	cargo bench --locked -p tp-netstack
+
+bench-cluster: packages cluster binaries image ## tp beside kubectl port-forward on the test cluster
+	cargo build --locked --release -p tp-benches --bins
+	benches/cluster.sh $(TP_BIN_DIR) $(CARGO_TARGET_DIR)/release

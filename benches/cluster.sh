@@ -1,6 +1,6 @@
 #!/bin/bash
 # C1 to C5 and C8 on the test cluster: prepares the far end, runs the bench in the laptop namespace, removes what it made.
-# Needs `make cluster` and an installed manager; usage: benches/cluster.sh BIN_DIR BENCH_DIR, the folders of tp and impair and of the benches.
+# Needs `make cluster image`; usage: benches/cluster.sh BIN_DIR BENCH_DIR, the folders of tp and impair and of the benches.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 cluster=$here/../tests/cluster
@@ -10,6 +10,10 @@ export KUBECONFIG=$CLUSTER_DIR/kubeconfig
 work=$(mktemp -d)
 cleanup() { kubectl delete namespace bench --ignore-not-found --wait=false >/dev/null 2>&1 || true; rm -rf "$work"; }
 trap cleanup EXIT
+if ! kubectl -n tp-system rollout status deployment/tp-manager --timeout=1s >/dev/null 2>&1; then
+  "$cluster/load.sh" "$here/../target/image/tp.tar" >/dev/null
+  "$tp" install --image lab.local/tp:dev >/dev/null
+fi
 # Dynamic binary: mkimage copies the libraries it names.
 cp "$bench/peer" "$work/peer"
 libraries=()
@@ -41,3 +45,6 @@ echo 'delay 10' >&"${link[1]}"; read -r _ <&"${link[0]}"
 sed "s|server: \"https://$NODE:$API_PORT\"|server: \"https://$address\", tls-server-name: $NODE|" "$CLUSTER_DIR/kubeconfig-laptop" >"$work/slow"
 echo; echo "round trip to the API server: 20 ms"
 ip netns exec k8s-laptop env KUBECONFIG="$work/slow" "$bench/through_cluster" --connections-only
+
+echo; echo "B18: our port-forward pump beside kube's"
+PEER_POD=bench/peer "$bench/port_forward"
