@@ -208,15 +208,17 @@ async fn attend(
     let mut connected = true;
     loop {
         tokio::select! {
+            // First, since a program may end because its connection did.
+            biased;
+            failure = carrying.ended(), if connected => {
+                connected = false;
+                failure.print();
+            }
             ended = namespace.child().wait() => {
                 let status = ended.or_fail(|| "cannot wait for the program".to_owned())?;
                 return Ok(child::exit_code(status));
             }
             signal = signals.next() => child::forward(signal, namespace.child()),
-            failure = carrying.ended(), if connected => {
-                connected = false;
-                failure.print();
-            }
         }
     }
 }

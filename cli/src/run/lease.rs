@@ -137,6 +137,8 @@ pub async fn serve(mut stream: UnixStream, upstream: Upstream, stop: Cancellatio
             () = stop.cancelled() => {}
             error = bridge.ended() => tracing::warn!(%error, "a namespace is not carried any more"),
         }
+        // The command hears of the end before its program does, which may end at once when its flows are reset.
+        drop(stream);
         // Its thread resets the flows first.
         let _ = tokio::task::spawn_blocking(move || drop(bridge)).await;
         tracing::info!("namespace given back");
