@@ -35,6 +35,8 @@ metadata: {name: peer, namespace: bench}
 spec: {selector: {app: peer}, ports: [{name: bench, port: 7000}, {name: server-first, port: 7001}]}
 Y
 kubectl -n bench wait --for=condition=Ready pod/peer --timeout=60s >/dev/null
+# kube-proxy is a moment behind; a refused port is what the bench would then see.
+until inside bash -c "exec 3<>/dev/tcp/$(kubectl -n bench get service peer -o jsonpath={.spec.clusterIP})/7001" 2>/dev/null; do sleep .1; done
 export TP_BIN=$tp PEER=peer.bench.svc PEER_POD=bench/peer XDG_RUNTIME_DIR=$work
 "$cluster/laptop.sh" "$bench/through_cluster"
 
