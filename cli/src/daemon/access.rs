@@ -15,13 +15,21 @@ use crate::kubeconfig::Cluster;
 use crate::report::Failure;
 use crate::temporary::{self, TemporaryManager};
 
+/// By what the manager lets a connection in.
+#[derive(Clone, Debug)]
+pub enum Admission {
+    /// A key that it was told of.
+    Key(Identity),
+    /// The key that a Session lists.
+    Session(Arc<SessionLease>),
+}
+
 /// See the module.
 pub struct Access {
-    identity: Identity,
+    admission: Admission,
     login: Option<Login>,
     namespace: String,
     manager_namespace: Option<String>,
-    lease: Option<Arc<SessionLease>>,
     temporary: Option<TemporaryManager>,
 }
 
@@ -31,45 +39,44 @@ impl Access {
     /// # Errors
     /// The kubeconfig or the key file cannot be used.
     pub async fn new(parameters: &Parameters) -> Result<Self, Failure> {
-        let (identity, login) = match &parameters.way {
-            Way::Standalone { key, .. } => (key_file::read(key)?, None),
-            Way::PortForward | Way::Direct { .. } | Way::Temporary { .. } => (
-                Identity::generate(),
-                Some(Login::new(&parameters.selectors).await?),
-            ),
+        let login = match &parameters.way {
+            Way::Standalone { .. } => None,
+            Way::PortForward | Way::Direct { .. } | Way::Temporary { .. } => {
+                Some(Login::new(&parameters.selectors).await?)
+            }
         };
         let namespace = match (&parameters.namespace, &login) {
             (Some(namespace), _) => namespace.clone(),
             (None, Some(login)) => login.last().namespace,
             (None, None) => String::new(),
         };
-        let admitted_by_session = matches!(parameters.way, Way::PortForward | Way::Direct { .. });
-        let lease = login.clone().filter(|_| admitted_by_session);
-        let lease = lease.map(|login| {
-            Arc::new(SessionLease::new(
-                login,
-                namespace.clone(),
-                identity.key_hash(),
-            ))
-        });
+        let admission = match (&parameters.way, &login) {
+            (Way::Standalone { key, .. }, _) => Admission::Key(key_file::read(key)?),
+            (Way::PortForward | Way::Direct { .. }, Some(login)) => {
+                let lease = SessionLease::new(login.clone(), namespace.clone());
+                Admission::Session(Arc::new(lease))
+            }
+            (Way::PortForward | Way::Direct { .. } | Way::Temporary { .. }, _) => {
+                Admission::Key(Identity::generate())
+            }
+        };
         let manager_namespace = match &parameters.way {
             Way::PortForward | Way::Direct { .. } => Some(parameters.manager_namespace.clone()),
             Way::Temporary { .. } => Some(namespace.clone()),
             Way::Standalone { .. } => None,
         };
         Ok(Self {
-            identity,
+            admission,
             login,
             namespace,
             manager_namespace,
-            lease,
             temporary: None,
         })
     }
 
-    /// The key that the manager is to know.
-    pub fn identity(&self) -> &Identity {
-        &self.identity
+    /// What lets the connection in.
+    pub fn admission(&self) -> &Admission {
+        &self.admission
     }
 
     /// The user's access to the cluster, where there is one.
@@ -106,7 +113,10 @@ impl Access {
 
     /// The Session that lets the key in, where one does.
     pub fn lease(&self) -> Option<Arc<SessionLease>> {
-        self.lease.clone()
+        match &self.admission {
+            Admission::Key(_) => None,
+            Admission::Session(lease) => Some(Arc::clone(lease)),
+        }
     }
 
     /// The way to the manager; starts the temporary one first where that was asked for.
@@ -121,7 +131,7 @@ impl Access {
             login: login.clone(),
             namespace: parameters.manager_namespace.clone(),
         };
-        let way: Box<dyn CarrierDialer> = match (&parameters.way, &self.login) {
+        let way: Box<dyn CarrierDialer> = match (&parameters.way, &self.login, &self.admission) {
             (
                 Way::Standalone {
                     address,
@@ -129,17 +139,17 @@ impl Access {
                     ..
                 },
                 _,
+                _,
             ) => Box::new(Direct::pinned(address.clone(), *manager_key)),
-            (Way::Direct { address }, Some(login)) => {
+            (Way::Direct { address }, Some(login), _) => {
                 Box::new(Direct::found(address.clone(), finder(login)))
             }
-            (Way::PortForward, Some(login)) => Box::new(PortForward::installed(finder(login))),
-            (Way::Temporary { image }, Some(login)) => {
+            (Way::PortForward, Some(login), _) => Box::new(PortForward::installed(finder(login))),
+            (Way::Temporary { image }, Some(login), Admission::Key(identity)) => {
                 let login = login.clone();
                 let cluster = login.cluster().await?;
-                let manager =
-                    temporary::start(&cluster, &self.namespace, image, self.identity.key_hash())
-                        .await?;
+                let key = identity.key_hash();
+                let manager = temporary::start(&cluster, &self.namespace, image, key).await?;
                 let place = Place {
                     name: manager.pod.clone(),
                     port: TUNNEL_PORT,
@@ -148,8 +158,10 @@ impl Access {
                 self.temporary = Some(manager);
                 Box::new(PortForward::to_pod(login, self.namespace.clone(), place))
             }
-            (Way::Direct { .. } | Way::PortForward | Way::Temporary { .. }, None) => {
-                unreachable!("every way but the standalone one loads a cluster")
+            (Way::Direct { .. } | Way::PortForward | Way::Temporary { .. }, _, _) => {
+                unreachable!(
+                    "every way but the standalone one loads a cluster, and a temporary manager is told a key"
+                )
             }
         };
         Ok(way)
@@ -157,7 +169,7 @@ impl Access {
 
     /// Undoes what was made in the cluster. What cannot be undone now ends by its own expiry, and is logged.
     pub async fn end(&mut self) {
-        if let Some(lease) = &self.lease
+        if let Admission::Session(lease) = &self.admission
             && let Err(failure) = lease.end().await
         {
             tracing::warn!(

@@ -222,8 +222,8 @@ async fn assemble(
     let (services_rx, services) = services_of(access, parameters).unzip();
     let supervisor = Supervisor {
         dialer,
-        identity: access.identity().clone(),
-        session: access.lease(),
+        admission: access.admission().clone(),
+        namespace: access.login().map(|_| access.namespace().to_owned()),
         services: services_rx,
         rules,
         tunnel_tx,

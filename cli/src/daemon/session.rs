@@ -3,8 +3,11 @@
 //! Written with the user's own Kubernetes identity, renewed at half time, deleted at the end. Whether the object is
 //! honoured is the manager's business; who may write it, the API server's. Times are the API server's: a workstation
 //! with a wrong clock still writes a right expiry.
+//!
+//! Each object has a key of its own. Whoever reads an object learns its key's hash, and the manager believes the first
+//! object that lists a hash; so a hash that others have seen never stands in a new object.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::authentication::v1::{SelfSubjectReview, UserInfo};
@@ -13,11 +16,12 @@ use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::core::Status;
 use serde_json::json;
 use tp_manager_api::{ClientInfo, Session, SessionSpec};
-use tp_tunnel::KeyHash;
+use tp_tunnel::{Identity, KeyHash};
 
 use super::connection::Severity;
 use super::login::Login;
 use super::status::SessionStatus;
+use super::supervisor::one_line;
 use super::unmet::Unmet;
 use crate::kubeconfig::Cluster;
 use crate::report::Failure;
@@ -28,17 +32,22 @@ const LIFETIME: SignedDuration = SignedDuration::from_mins(30);
 /// Owner of the fields in the API server's books. Always the same one: the admission policy asks for that.
 const FIELD_MANAGER: &str = "tp";
 
-/// One Session, from its creation to its deletion.
+/// One user's Session in one namespace, from its creation to its deletion.
 #[derive(Debug)]
 pub struct SessionLease {
     login: Login,
     namespace: String,
-    key_hash: KeyHash,
-    name: String,
-    written: Mutex<Option<Written>>,
+    object: Mutex<Object>,
 }
 
-/// What the API server last accepted.
+/// The object of the moment.
+#[derive(Clone, Debug)]
+struct Object {
+    identity: Identity,
+    written: Option<Written>,
+}
+
+/// What the API server last accepted of it.
 #[derive(Clone, Copy, Debug)]
 struct Written {
     expires_at: Timestamp,
@@ -53,22 +62,20 @@ struct Writer {
 }
 
 impl SessionLease {
-    /// A lease that is not written yet. The key makes its name unique.
-    pub fn new(login: Login, namespace: String, key_hash: KeyHash) -> Self {
-        let name = name_of(key_hash);
+    /// A lease that is not written yet.
+    pub fn new(login: Login, namespace: String) -> Self {
         Self {
             login,
             namespace,
-            key_hash,
-            name,
-            written: Mutex::new(None),
+            object: Mutex::new(Object::unwritten()),
         }
     }
 
     /// Its name and expiry, once it was written.
     pub fn status(&self) -> Option<SessionStatus> {
-        self.written().map(|written| SessionStatus {
-            name: self.name.clone(),
+        let object = self.object();
+        object.written.map(|written| SessionStatus {
+            name: object.name(),
             expires_at: written.expires_at,
         })
     }
@@ -77,22 +84,24 @@ impl SessionLease {
     pub fn whereabouts(&self) -> String {
         format!(
             "`kubectl -n {} get sessions.tp.dev {}` shows whether it is still there; the manager's log says why it was refused",
-            self.namespace, self.name
+            self.namespace,
+            self.object().name()
         )
     }
 
     /// Makes sure before a dial that the object is there and lives: creates it, renews it when half of its time is
-    /// over, and makes it anew when it expired while this machine slept. Cancel safe.
+    /// over, and makes another one when it expired while this machine slept. Returns the key that it lists. Cancel safe.
     ///
     /// # Errors
     /// What the API server refused. It is final when somebody deleted the object.
-    pub async fn ensure(&self) -> Result<(), Unmet> {
-        match self.written() {
-            None => self.create().await,
-            Some(written) if written.left() <= SignedDuration::ZERO => self.replace().await,
-            Some(written) if written.left() < LIFETIME / 2 => self.renew().await,
-            Some(_) => self.check().await,
+    pub async fn ensure(&self) -> Result<Identity, Unmet> {
+        match self.object().written {
+            None => self.create().await?,
+            Some(written) if written.left() <= SignedDuration::ZERO => self.replace().await?,
+            Some(written) if written.left() < LIFETIME / 2 => self.renew().await?,
+            Some(_) => self.check().await?,
         }
+        Ok(self.object().identity)
     }
 
     /// As [`SessionLease::ensure`], but asks nothing while more than half of its time is left.
@@ -100,9 +109,9 @@ impl SessionLease {
     /// # Errors
     /// As there.
     pub async fn keep(&self) -> Result<(), Unmet> {
-        match self.written() {
+        match self.object().written {
             Some(written) if written.left() >= LIFETIME / 2 => Ok(()),
-            _ => self.ensure().await,
+            _ => self.ensure().await.map(drop),
         }
     }
 
@@ -111,16 +120,18 @@ impl SessionLease {
     /// # Errors
     /// The API server refused, or did not answer; the object then ends by its expiry.
     pub async fn end(&self) -> Result<(), Failure> {
-        if self.written().is_none() {
+        let object = self.object();
+        if object.written.is_none() {
             return Ok(());
         }
+        let name = object.name();
         let deletion = DeleteParams::default();
         let cluster = self.login.cluster().await?;
         let api = self.api(&cluster);
-        let request = api.delete(&self.name, &deletion);
+        let request = api.delete(&name, &deletion);
         match cluster.in_time(answer(request)).await? {
             Answer::Given(_) | Answer::Missing(_) => {
-                tracing::info!(session = self.name, "session deleted");
+                tracing::info!(session = name, "session deleted");
                 Ok(())
             }
             Answer::Forbidden(error) => Err(error.into()),
@@ -130,7 +141,9 @@ impl SessionLease {
     async fn create(&self) -> Result<(), Unmet> {
         let writer = self.writer().await?;
         let expires_at = writer.now() + LIFETIME;
-        let session = Session::new(&self.name, self.spec(&writer, expires_at));
+        let object = self.object();
+        let name = object.name();
+        let session = Session::new(&name, object.spec(&writer, expires_at));
         let params = PostParams {
             field_manager: Some(FIELD_MANAGER.to_owned()),
             ..PostParams::default()
@@ -144,7 +157,7 @@ impl SessionLease {
             Answer::Forbidden(error) => return Err(Unmet::lasting(error.into())),
         }
         tracing::info!(
-            session = self.name,
+            session = name,
             namespace = self.namespace,
             "session created"
         );
@@ -156,7 +169,8 @@ impl SessionLease {
     async fn renew(&self) -> Result<(), Unmet> {
         let writer = self.writer().await?;
         let expires_at = writer.now() + LIFETIME;
-        let spec = self.spec(&writer, expires_at);
+        let object = self.object();
+        let spec = object.spec(&writer, expires_at);
         let patch = Patch::Merge(
             json!({ "spec": { "groups": spec.groups, "expiresAt": spec.expires_at } }),
         );
@@ -166,22 +180,25 @@ impl SessionLease {
         };
         let cluster = self.cluster().await?;
         let api = self.api(&cluster);
-        self.living(&cluster, api.patch(&self.name, &params, &patch))
+        self.living(&cluster, api.patch(&object.name(), &params, &patch))
             .await?;
         self.set_written(&writer, expires_at);
         Ok(())
     }
 
-    /// An expired object may be gone or not; the manager removes it at its leisure.
+    /// The expired object lets nobody in any more, and the manager removes it if this cannot; its key has been seen.
     async fn replace(&self) -> Result<(), Unmet> {
-        self.end().await.map_err(Unmet::passing)?;
+        if let Err(failure) = self.end().await {
+            tracing::debug!(error = one_line(&failure), "expired session not deleted");
+        }
+        *self.lock() = Object::unwritten();
         self.create().await
     }
 
     async fn check(&self) -> Result<(), Unmet> {
         let cluster = self.cluster().await?;
         let api = self.api(&cluster);
-        self.living(&cluster, api.get(&self.name)).await
+        self.living(&cluster, api.get(&self.object().name())).await
     }
 
     /// What a request for the object says of its life.
@@ -210,9 +227,8 @@ impl SessionLease {
     }
 
     fn deleted(&self) -> Unmet {
-        let Self {
-            name, namespace, ..
-        } = self;
+        let namespace = &self.namespace;
+        let name = self.object().name();
         Unmet {
             failure: Failure::new(format!(
                 "the Session {name} in namespace {namespace} was deleted"
@@ -239,19 +255,6 @@ impl SessionLease {
         })
     }
 
-    fn spec(&self, writer: &Writer, expires_at: Timestamp) -> SessionSpec {
-        SessionSpec {
-            user: writer.user.username.clone().unwrap_or_default(),
-            groups: writer.user.groups.clone().unwrap_or_default(),
-            key_hash: self.key_hash.to_string(),
-            expires_at: Time(expires_at),
-            client: ClientInfo {
-                host: host_name(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-            },
-        }
-    }
-
     async fn cluster(&self) -> Result<Cluster, Unmet> {
         self.login.cluster().await.map_err(Unmet::passing)
     }
@@ -260,17 +263,45 @@ impl SessionLease {
         Api::namespaced(cluster.client.clone(), &self.namespace)
     }
 
-    fn written(&self) -> Option<Written> {
-        *self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    fn object(&self) -> Object {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Object> {
+        self.object.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set_written(&self, writer: &Writer, expires_at: Timestamp) {
-        let clock_offset = writer.clock_offset;
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        *written = Some(Written {
+        self.lock().written = Some(Written {
             expires_at,
-            clock_offset,
+            clock_offset: writer.clock_offset,
         });
+    }
+}
+
+impl Object {
+    fn unwritten() -> Self {
+        Self {
+            identity: Identity::generate(),
+            written: None,
+        }
+    }
+
+    fn name(&self) -> String {
+        name_of(self.identity.key_hash())
+    }
+
+    fn spec(&self, writer: &Writer, expires_at: Timestamp) -> SessionSpec {
+        SessionSpec {
+            user: writer.user.username.clone().unwrap_or_default(),
+            groups: writer.user.groups.clone().unwrap_or_default(),
+            key_hash: self.identity.key_hash().to_string(),
+            expires_at: Time(expires_at),
+            client: ClientInfo {
+                host: host_name(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            },
+        }
     }
 }
 
@@ -327,7 +358,13 @@ async fn answer<T>(request: impl Future<Output = kube::Result<T>>) -> kube::Resu
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::{TcpListener, TcpStream};
+
     use super::*;
+    use crate::kubeconfig::Selectors;
 
     #[test]
     fn a_name_is_short_and_of_the_keys_making() {
@@ -351,5 +388,82 @@ mod tests {
             left > LIFETIME - SignedDuration::from_secs(5) && left <= LIFETIME,
             "{left}"
         );
+    }
+
+    /// An API server that takes every Session, and tells what it took.
+    async fn api_server(sessions: Arc<Mutex<Vec<Session>>>) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                tokio::spawn(answer_all(BufReader::new(stream), sessions.clone()));
+            }
+        });
+        format!("http://{address}")
+    }
+
+    async fn answer_all(mut stream: BufReader<TcpStream>, sessions: Arc<Mutex<Vec<Session>>>) {
+        loop {
+            let (mut request, mut length) = (String::new(), 0);
+            loop {
+                let mut line = String::new();
+                if stream.read_line(&mut line).await.unwrap() == 0 {
+                    return;
+                }
+                if let Some(value) = line.strip_prefix("content-length: ") {
+                    length = value.trim().parse().unwrap();
+                }
+                if line == "\r\n" {
+                    break;
+                }
+                request += &line;
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body).await.unwrap();
+            let answer = if request.contains("selfsubjectreviews") {
+                json!({ "metadata": { "creationTimestamp": Timestamp::now() }, "status": { "userInfo": { "username": "ada" } } })
+            } else if request.starts_with("POST") {
+                let session: Session = serde_json::from_slice(&body).unwrap();
+                let answer = serde_json::to_value(&session).unwrap();
+                sessions.lock().unwrap().push(session);
+                answer
+            } else {
+                json!({ "kind": "Status", "apiVersion": "v1", "status": "Success" })
+            };
+            let answer = answer.to_string();
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+                answer.len()
+            );
+            let whole = head + &answer;
+            stream.write_all(whole.as_bytes()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_object_after_an_expired_one_lists_a_key_that_nobody_has_seen() {
+        let sessions = Arc::default();
+        let selectors = Selectors {
+            server: Some(api_server(Arc::clone(&sessions)).await),
+            kubeconfig: Some("/dev/null".into()),
+            ..Selectors::default()
+        };
+        let lease = SessionLease::new(Login::new(&selectors).await.unwrap(), "shop".into());
+        let first = lease.ensure().await.unwrap();
+        let slept = Timestamp::now() - SignedDuration::from_secs(1);
+        lease.lock().written.as_mut().unwrap().expires_at = slept;
+
+        let second = lease.ensure().await.unwrap();
+
+        let listed: Vec<_> = sessions
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|session| session.spec.key_hash.clone())
+            .collect();
+        let shown = [first, second].map(|identity| identity.key_hash().to_string());
+        assert_eq!(listed, shown);
+        assert_ne!(shown[0], shown[1]);
     }
 }

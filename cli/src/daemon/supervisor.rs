@@ -21,11 +21,11 @@ use tp_manager_api::{CLUSTER_PATH, ClusterView, OLDEST_PROTOCOL};
 use tp_tunnel::carrier::tls::{TlsError, connect_tls};
 use tp_tunnel::{Identity, Tunnel, TunnelError};
 
+use super::access::Admission;
 use super::carrier::{CarrierDialer, Place};
 use super::connection::{Connection, Output, Phase, Severity};
 use super::overlap::Workstation;
 use super::services::Known;
-use super::session::SessionLease;
 use super::status::{CarrierKind, Cut};
 use super::unmet::Unmet;
 use crate::proxy::split::{Split, UserRules};
@@ -97,10 +97,10 @@ impl Default for Facts {
 pub struct Supervisor {
     /// How carriers are opened.
     pub dialer: Box<dyn CarrierDialer>,
-    /// The key that the manager knows.
-    pub identity: Identity,
-    /// What lets the key in, where Kubernetes does.
-    pub session: Option<Arc<SessionLease>>,
+    /// What lets the connection in.
+    pub admission: Admission,
+    /// The namespace that was asked for; a manager without Kubernetes has none.
+    pub namespace: Option<String>,
     /// The namespace's Services as the user sees them, where the manager has no right to.
     pub services: Option<watch::Receiver<Known>>,
     /// What the user wants to go where.
@@ -255,17 +255,17 @@ impl Supervisor {
 
     /// Brings one carrier up, at whichever replica answers first.
     async fn attempt(&self) -> Result<Live, Unmet> {
-        let session = async {
-            match &self.session {
-                Some(session) => session.ensure().await,
-                None => Ok(()),
+        let identity = async {
+            match &self.admission {
+                Admission::Key(identity) => Ok(identity.clone()),
+                Admission::Session(session) => session.ensure().await,
             }
         };
         // At once, since neither needs the other; but without a manager, that is what to say.
-        let (session, places) = tokio::join!(session, self.dialer.places());
+        let (identity, places) = tokio::join!(identity, self.dialer.places());
         let places = self.ordered(places?);
-        session?;
-        first_up(places, HEAD_START, |place| self.bring_up(place)).await
+        let identity = identity?;
+        first_up(places, HEAD_START, |place| self.bring_up(place, &identity)).await
     }
 
     /// In random order, to spread the load; the replica that was lost last comes last.
@@ -283,26 +283,27 @@ impl Supervisor {
         places
     }
 
-    async fn bring_up(&self, place: Place) -> Result<Live, Unmet> {
+    async fn bring_up(&self, place: Place, identity: &Identity) -> Result<Live, Unmet> {
         let name = place.name.clone();
         let late = || {
             Unmet::passing(Failure::new(format!(
                 "the manager at {name} did not answer within {UP_WITHIN:?}"
             )))
         };
-        tokio::time::timeout(UP_WITHIN, self.bring_up_slowly(place))
+        tokio::time::timeout(UP_WITHIN, self.bring_up_slowly(place, identity))
             .await
             .map_err(|_| late())?
     }
 
-    async fn bring_up_slowly(&self, place: Place) -> Result<Live, Unmet> {
+    async fn bring_up_slowly(&self, place: Place, identity: &Identity) -> Result<Live, Unmet> {
         let stream = self.dialer.dial(&place).await?;
-        let secured = connect_tls(stream, &self.identity, &place.key).await;
+        let secured = connect_tls(stream, identity, &place.key).await;
         let secured = secured.map_err(|error| not_secured(&place, &error))?;
         let established = Tunnel::establish(secured).await;
         let (tunnel, driver) = established.map_err(|error| self.not_admitted(&place, &error))?;
         let driver = AbortOnDropHandle::new(tokio::spawn(driver));
-        let view = cluster_view(&tunnel, None).await.map_err(Unmet::passing)?;
+        let view = self.cluster_view(&tunnel, None).await;
+        let view = view.map_err(Unmet::passing)?;
         if view.protocol < OLDEST_PROTOCOL {
             let what = format!(
                 "the manager {} (protocol {}) is too old for this tp",
@@ -322,14 +323,14 @@ impl Supervisor {
 
     fn not_admitted(&self, place: &Place, error: &TunnelError) -> Unmet {
         let name = &place.name;
-        Unmet::passing(match (error, &self.session) {
-            (TunnelError::NotAdmitted, None) => {
+        Unmet::passing(match (error, &self.admission) {
+            (TunnelError::NotAdmitted, Admission::Key(identity)) => {
                 Failure::new(format!("the manager at {name} does not know this key")).hint(format!(
                     "whoever runs it lists the key's hash in its authorized keys: {}",
-                    self.identity.key_hash()
+                    identity.key_hash()
                 ))
             }
-            (TunnelError::NotAdmitted, Some(session)) => Failure::new(format!(
+            (TunnelError::NotAdmitted, Admission::Session(session)) => Failure::new(format!(
                 "the manager at {name} does not know this connection's Session"
             ))
             .hint(session.whereabouts()),
@@ -363,7 +364,7 @@ impl Supervisor {
         let mut services = self.services.clone();
         loop {
             tokio::select! {
-                answer = cluster_view(tunnel, Some(view.version)) => match answer {
+                answer = self.cluster_view(tunnel, Some(view.version)) => match answer {
                     Ok(newer) if newer.version == view.version => {}
                     Ok(newer) => {
                         view = newer;
@@ -381,8 +382,9 @@ impl Supervisor {
 
     /// Renews the session while its carrier is up. Returns when it is gone for good.
     async fn keep_session(&self) -> Failure {
-        let Some(session) = &self.session else {
-            return std::future::pending().await;
+        let session = match &self.admission {
+            Admission::Key(_) => return std::future::pending().await,
+            Admission::Session(session) => session,
         };
         loop {
             tokio::time::sleep(SESSION_CHECK).await;
@@ -395,6 +397,25 @@ impl Supervisor {
                 }
             };
             self.facts_tx.send_modify(|facts| facts.error = error);
+        }
+    }
+
+    /// What the cluster looks like; with a version, once it differs from that one.
+    async fn cluster_view(
+        &self,
+        tunnel: &Tunnel,
+        after: Option<u64>,
+    ) -> Result<ClusterView, Failure> {
+        let view = ask_for_view(tunnel, after).await?;
+        match &self.namespace {
+            Some(namespace) if *namespace != view.namespace => Err(Failure::new(format!(
+                "the manager answers for namespace {:?}, and {namespace} was asked for",
+                view.namespace
+            ))
+            .because(
+                "the Session by which it admits this connection is not the one written for it",
+            )),
+            _ => Ok(view),
         }
     }
 
@@ -466,8 +487,7 @@ fn why_ended(ended: Result<Result<(), TunnelError>, JoinError>) -> String {
     }
 }
 
-/// Asks the manager what the cluster looks like; with a version, once it differs from that one.
-async fn cluster_view(tunnel: &Tunnel, after: Option<u64>) -> Result<ClusterView, Failure> {
+async fn ask_for_view(tunnel: &Tunnel, after: Option<u64>) -> Result<ClusterView, Failure> {
     let path = match after {
         Some(version) => format!("{CLUSTER_PATH}?after={version}"),
         None => CLUSTER_PATH.to_owned(),

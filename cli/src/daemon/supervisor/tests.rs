@@ -251,13 +251,21 @@ fn supervise_with(
     dialer: Box<dyn CarrierDialer>,
     services: Option<watch::Receiver<Known>>,
 ) -> Supervised {
+    supervise_in(None, dialer, services)
+}
+
+fn supervise_in(
+    namespace: Option<&str>,
+    dialer: Box<dyn CarrierDialer>,
+    services: Option<watch::Receiver<Known>>,
+) -> Supervised {
     let (tunnel_tx, tunnel_rx) = watch::channel(None);
     let (split_tx, split_rx) = watch::channel(Arc::new(Split::default()));
     let (facts_tx, facts_rx) = watch::channel(Facts::default());
     let supervisor = Supervisor {
         dialer,
-        identity: Identity::generate(),
-        session: None,
+        admission: Admission::Key(Identity::generate()),
+        namespace: namespace.map(str::to_owned),
         services,
         rules: UserRules::default(),
         tunnel_tx,
@@ -314,9 +322,20 @@ async fn a_carrier_comes_up_and_its_tunnel_answers() {
         .unwrap()
         .clone()
         .unwrap();
-    assert!(cluster_view(&tunnel, None).await.is_ok());
+    assert!(ask_for_view(&tunnel, None).await.is_ok());
     supervised.stop.cancel();
     assert!(supervised.task.await.unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manager_that_answers_for_another_namespace_is_refused() {
+    let cluster = Cluster::with(&["a"]);
+    let mut supervised = supervise_in(Some("mine"), Box::new(InMemory(cluster)), None);
+
+    let failure = supervised.task.await.unwrap().unwrap_err();
+
+    assert!(failure.what.contains("\"shop\", and mine"), "{failure}");
+    assert!(supervised.tunnel_rx.borrow_and_update().is_none());
 }
 
 #[tokio::test(start_paused = true)]
