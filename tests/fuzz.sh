@@ -11,6 +11,8 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$HOME/.cache/tp-target}-fuzz
 targets=${*:-$(cargo +nightly fuzz list)}
 [ -n "$targets" ] || { echo "error: no fuzz target in fuzz/" >&2; exit 1; }
 cargo +nightly fuzz build
+programs=$CARGO_TARGET_DIR/$(rustc +nightly -vV | sed -n 's/^host: //p')/release
+artifacts=$PWD/fuzz/artifacts
 
 # Processor time of the children that have ended, in whole seconds.
 used() { times | awk 'NR == 2 { for (i = 1; i <= 2; i++) { split($i, t, /[ms]/); s += t[1] * 60 + t[2] } print int(s) }'; }
@@ -23,7 +25,9 @@ for target in $targets; do
   # libFuzzer counts wall time, which on a shared machine is not what was worked: slices until the processor time is reached.
   while [ "$left" -gt 0 ]; do
     echo "fuzzing $target for $left s of processor time"
-    cargo +nightly fuzz run "$target" "$corpus" "${seeds[@]}" -- -max_total_time="$left" -rss_limit_mb=2048 -timeout=10 -print_final_stats=1
+    mkdir -p "$artifacts/$target"
+    "$programs/$target" -artifact_prefix="$artifacts/$target/" -max_total_time="$left" -rss_limit_mb=2048 -timeout=10 -print_final_stats=1 \
+      "$corpus" "${seeds[@]}"
     left=$((seconds - $(used) + start))
     # The end of a slice costs a second or two of start-up; a rest smaller than that is not worth one.
     [ "$left" -ge 5 ] || left=0

@@ -25,6 +25,7 @@ mod files;
 mod merge;
 mod proxy;
 mod transport;
+pub mod websocket;
 
 pub use transport::Unreachable;
 

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use tp_netstack::{
-    AssociationId, Checksum, Config, DeviceOffload, DialOutcome, EchoRequest, Event, FlowId, IpVersion,
-    LONGEST_PACKET, Offload, Segments, Stack, Unreachable,
+    AssociationId, Checksum, Config, DeviceOffload, DialOutcome, EchoRequest, Event, FlowId,
+    IpVersion, LONGEST_PACKET, Offload, Segments, Stack, Unreachable,
 };
 
 /// The input, read from the front; zeros when it is used up.
@@ -17,7 +17,9 @@ struct Input<'a>(&'a [u8]);
 
 impl Input<'_> {
     fn byte(&mut self) -> u8 {
-        let Some((first, rest)) = self.0.split_first() else { return 0 };
+        let Some((first, rest)) = self.0.split_first() else {
+            return 0;
+        };
         self.0 = rest;
         *first
     }
@@ -59,9 +61,20 @@ fuzz_target!(|data: &[u8]| {
 impl Fuzz {
     fn new(input: &mut Input<'_>) -> Self {
         let bits = input.byte();
-        let offload = DeviceOffload { checksum: bits & 1 != 0, tso4: bits & 2 != 0, tso6: bits & 4 != 0 };
+        let offload = DeviceOffload {
+            checksum: bits & 1 != 0,
+            tso4: bits & 2 != 0,
+            tso6: bits & 4 != 0,
+        };
         let mtu = [576, 1280, 1500, 65_520, 65_535][usize::from(bits >> 3) % 5];
-        let config = Config { mtu, offload, seed: 1, flows: 6, memory: 4 << 20, associations: 3 };
+        let config = Config {
+            mtu,
+            offload,
+            seed: 1,
+            flows: 6,
+            memory: 4 << 20,
+            associations: 3,
+        };
         let now = Instant::now();
         Self {
             stack: Stack::new(config, now),
@@ -95,7 +108,11 @@ impl Fuzz {
 
     /// A TCP segment that may well be accepted.
     fn segment(&mut self, input: &mut Input<'_>) {
-        let (slot, flags, kind) = (usize::from(input.byte()) % PORTS, input.byte(), input.byte());
+        let (slot, flags, kind) = (
+            usize::from(input.byte()) % PORTS,
+            input.byte(),
+            input.byte(),
+        );
         let (sequence, acknowledgement) = self.seen[slot];
         let shift = |value: u32, bits: u8, input: &mut Input<'_>| match bits & 3 {
             0 | 1 => value,
@@ -105,7 +122,11 @@ impl Fuzz {
         let number = shift(acknowledgement, kind, input);
         let answer = shift(sequence, kind >> 2, input);
         let window = input.word();
-        let options = if kind & 0x10 != 0 { input.bytes(usize::from(kind >> 6) * 4) } else { Vec::new() };
+        let options = if kind & 0x10 != 0 {
+            input.bytes(usize::from(kind >> 6) * 4)
+        } else {
+            Vec::new()
+        };
         let options = [options.as_slice(), &[0; 12][..(4 - options.len() % 4) % 4]].concat();
         let len = usize::from(input.byte()) * if kind & 0x20 != 0 { 64 } else { 1 };
         let mut tcp = Vec::new();
@@ -135,15 +156,32 @@ impl Fuzz {
                 udp.extend([0, 0]);
                 (17, [udp, payload].concat())
             }
-            1 => (if v6 { 58 } else { 1 }, [&[if v6 { 128 } else { 8 }, 0, 0, 0, 1, 2, 3, 4], &payload[..]].concat()),
-            _ => (if v6 { 58 } else { 1 }, [&[if v6 { 1 } else { 3 }, kind, 0, 0, 0, 0, 0, 0], &payload[..]].concat()),
+            1 => (
+                if v6 { 58 } else { 1 },
+                [
+                    &[if v6 { 128 } else { 8 }, 0, 0, 0, 1, 2, 3, 4],
+                    &payload[..],
+                ]
+                .concat(),
+            ),
+            _ => (
+                if v6 { 58 } else { 1 },
+                [
+                    &[if v6 { 1 } else { 3 }, kind, 0, 0, 0, 0, 0, 0],
+                    &payload[..],
+                ]
+                .concat(),
+            ),
         };
-        self.stack.handle_packet(self.now, &packet(v6, protocol, &message), PROMISED);
+        self.stack
+            .handle_packet(self.now, &packet(v6, protocol, &message), PROMISED);
     }
 
     /// The stack's own next packet, changed in one place and turned around.
     fn mutated(&mut self, input: &mut Input<'_>) {
-        let Some((len, offload)) = self.stack.poll_packet(self.now, &mut self.buffer) else { return };
+        let Some((len, offload)) = self.stack.poll_packet(self.now, &mut self.buffer) else {
+            return;
+        };
         let mut packet = self.buffer[..len].to_vec();
         self.note(&packet, offload);
         let at = usize::from(input.word()) % packet.len();
@@ -219,10 +257,13 @@ impl Fuzz {
             }
         }
         self.flows.drain(..self.flows.len().saturating_sub(16));
-        self.associations.drain(..self.associations.len().saturating_sub(16));
+        self.associations
+            .drain(..self.associations.len().saturating_sub(16));
         // A stack whose flows talk without end would never be asked for anything else.
         for _ in 0..256 {
-            let Some((len, offload)) = self.stack.poll_packet(self.now, &mut self.buffer) else { break };
+            let Some((len, offload)) = self.stack.poll_packet(self.now, &mut self.buffer) else {
+                break;
+            };
             let packet = self.buffer[..len].to_vec();
             self.note(&packet, offload);
         }
@@ -232,10 +273,22 @@ impl Fuzz {
         assert!(offload.segments.is_none_or(|segments| segments.size > 0));
         let header = if packet[0] >> 4 == 4 { 20 } else { 40 };
         let protocol = if header == 20 { packet[9] } else { packet[6] };
-        let Some(tcp) = packet.get(header..).filter(|tcp| protocol == 6 && tcp.len() >= 20) else { return };
+        let Some(tcp) = packet
+            .get(header..)
+            .filter(|tcp| protocol == 6 && tcp.len() >= 20)
+        else {
+            return;
+        };
         let port = u16::from_be_bytes([tcp[2], tcp[3]]);
-        let Some(slot) = port.checked_sub(FIRST_PORT).map(usize::from).filter(|slot| *slot < PORTS) else { return };
-        let number = |at: usize| u32::from_be_bytes([tcp[at], tcp[at + 1], tcp[at + 2], tcp[at + 3]]);
+        let Some(slot) = port
+            .checked_sub(FIRST_PORT)
+            .map(usize::from)
+            .filter(|slot| *slot < PORTS)
+        else {
+            return;
+        };
+        let number =
+            |at: usize| u32::from_be_bytes([tcp[at], tcp[at + 1], tcp[at + 2], tcp[at + 3]]);
         let data = tcp.len() - usize::from(tcp[12] >> 4) * 4;
         let control = u32::from(tcp[13] & 1) + u32::from(tcp[13] >> 1 & 1);
         self.seen[slot] = (number(4).wrapping_add(data as u32 + control), number(8));
@@ -243,17 +296,31 @@ impl Fuzz {
 }
 
 /// The device vouches for the checksum, so that the fuzzer need not find it.
-const PROMISED: Offload = Offload { checksum: Checksum::Verified, segments: None };
+const PROMISED: Offload = Offload {
+    checksum: Checksum::Verified,
+    segments: None,
+};
 
 fn offload(input: &mut Input<'_>) -> Offload {
     let checksum = match input.byte() % 4 {
         0 => Checksum::Complete,
-        1 => Checksum::Partial { start: input.word(), offset: input.word() },
+        1 => Checksum::Partial {
+            start: input.word(),
+            offset: input.word(),
+        },
         _ => Checksum::Verified,
     };
     let segments = match input.byte() % 4 {
-        0 => Some(Segments { version: IpVersion::V4, size: input.word(), header: input.word() }),
-        1 => Some(Segments { version: IpVersion::V6, size: input.word(), header: input.word() }),
+        0 => Some(Segments {
+            version: IpVersion::V4,
+            size: input.word(),
+            header: input.word(),
+        }),
+        1 => Some(Segments {
+            version: IpVersion::V6,
+            size: input.word(),
+            header: input.word(),
+        }),
         _ => None,
     };
     Offload { checksum, segments }
@@ -279,7 +346,10 @@ fn packet(v6: bool, protocol: u8, payload: &[u8]) -> Vec<u8> {
 }
 
 fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
     while sum > 0xFFFF {
         sum = (sum & 0xFFFF) + (sum >> 16);
     }

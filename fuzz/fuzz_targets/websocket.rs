@@ -1,4 +1,4 @@
-//! The port-forward pump against whatever a server sends: raw WebSocket frames, and channel messages inside them.
+//! The port-forward pump against whatever a server sends: raw WebSocket frames, and what is inside them.
 #![no_main]
 
 use std::io;
@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Role;
-use tp_tunnel::carrier::websocket::{Channels, PortForwardStream};
+use tp_tunnel::carrier::port_forward::{Channels, PortForwardStream, Spdy, Subprotocol};
 
 /// A server that sends these bytes and then nothing, and takes everything.
 struct Script<'a>(&'a [u8]);
@@ -47,7 +47,7 @@ impl AsyncWrite for Script<'_> {
 }
 
 /// Reads until the stream ends, which it must do with an error: a carrier never ends cleanly by itself.
-fn read_to_end(input: &[u8]) {
+fn read_to_end(input: &[u8], subprotocol: Subprotocol) {
     let mut cx = Context::from_waker(Waker::noop());
     let ws = std::pin::pin!(WebSocketStream::from_raw_socket(
         Script(input),
@@ -57,7 +57,12 @@ fn read_to_end(input: &[u8]) {
     let Poll::Ready(ws) = ws.poll(&mut cx) else {
         panic!("taking over a socket waits for nothing")
     };
-    let mut stream = PortForwardStream::new(ws, 8443);
+    let open = std::pin::pin!(PortForwardStream::open(ws, subprotocol, 8443));
+    let mut stream = match open.poll(&mut cx) {
+        Poll::Ready(Ok(stream)) => stream,
+        Poll::Ready(Err(_)) => return,
+        Poll::Pending => panic!("the script always answers"),
+    };
     let mut total = 0;
     loop {
         let mut storage = [0; 512];
@@ -74,16 +79,37 @@ fn read_to_end(input: &[u8]) {
     }
 }
 
-fuzz_target!(|input: &[u8]| {
-    read_to_end(input);
-    // The same bytes as messages, cut where a byte says so.
-    let mut channels = Channels::new(0x2020);
-    let mut rest = input;
-    while let Some((size, after)) = rest.split_first() {
+/// The same bytes as messages, cut where a byte says so.
+fn messages(mut input: &[u8]) -> impl Iterator<Item = Bytes> {
+    std::iter::from_fn(move || {
+        let (size, after) = input.split_first()?;
         let (message, after) = after.split_at(after.len().min(usize::from(*size)));
-        if channels.receive(Bytes::copy_from_slice(message)).is_err() {
+        input = after;
+        Some(Bytes::copy_from_slice(message))
+    })
+}
+
+fuzz_target!(|input: &[u8]| {
+    for subprotocol in Subprotocol::ALL {
+        read_to_end(input, subprotocol);
+    }
+    let mut channels = Channels::new(0x2020);
+    for message in messages(input) {
+        if channels.receive(message).is_err() {
             break;
         }
-        rest = after;
+        channels.next_data();
+    }
+    let mut spdy = Spdy::new(0x2020);
+    'ended: for message in messages(input) {
+        let mut left = message.len();
+        spdy.receive(message);
+        loop {
+            match spdy.next_data() {
+                Ok(Some(data)) => left = left.checked_sub(data.len()).expect("data out of nowhere"),
+                Ok(None) => break,
+                Err(_) => break 'ended,
+            }
+        }
     }
 });

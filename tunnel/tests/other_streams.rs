@@ -22,8 +22,8 @@ use tokio::net::UdpSocket;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::Role as WsRole;
+use tp_tunnel::carrier::port_forward::{PortForwardStream, Subprotocol};
 use tp_tunnel::carrier::tls::{TlsError, accept_tls, connect_tls};
-use tp_tunnel::carrier::websocket::PortForwardStream;
 use tp_tunnel::{Identity, OpenError, Settings, Tunnel, serve};
 
 async fn udp_echo() -> tp_tunnel::Target {
@@ -344,7 +344,8 @@ async fn flows_run_through_tls_through_a_port_forward() {
         serve(tls, Arc::new(Loopback::default()), std::future::pending()).await
     });
     let ws = WebSocketStream::from_raw_socket(ours, WsRole::Client, None).await;
-    let carrier = PortForwardStream::new(ws, 8443);
+    let carrier = PortForwardStream::open(ws, Subprotocol::Channels, 8443);
+    let carrier = soon(carrier).await.unwrap();
     let tls = soon(connect_tls(carrier, &client, &manager_key))
         .await
         .unwrap();

@@ -10,11 +10,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
-use kube::core::Request;
 use kube::{Api, Client};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tp_cli::kubeconfig::websocket;
 use tp_tunnel::BoxedStream;
-use tp_tunnel::carrier::websocket::PortForwardStream;
+use tp_tunnel::carrier::port_forward::{PortForwardStream, Subprotocol};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -42,15 +42,23 @@ async fn main() -> Result<()> {
     };
     println!("B18 one port-forward, MB/s (target: ours / kube >= 1.5 up)");
     for direction in [Direction::Up, Direction::Down] {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let (mut spdy, mut channels, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..rounds {
             theirs.push(direction.measure(pod.kube().await?).await?);
-            ours.push(direction.measure(pod.pump().await?).await?);
+            spdy.push(
+                direction
+                    .measure(pod.pump(Subprotocol::Spdy).await?)
+                    .await?,
+            );
+            let stream = pod.pump(Subprotocol::Channels).await?;
+            channels.push(direction.measure(stream).await?);
         }
-        let ratios = ours.iter().zip(&theirs).map(|(ours, kube)| ours / kube);
-        print(direction, "ratio", ratios.collect());
+        for (name, ours) in [("ours, SPDY", spdy), ("ours, v4", channels)] {
+            let ratios = ours.iter().zip(&theirs).map(|(ours, kube)| ours / kube);
+            print(direction, &format!("{name} / kube"), ratios.collect());
+            print(direction, name, ours);
+        }
         print(direction, "kube", theirs);
-        print(direction, "ours", ours);
     }
     Ok(())
 }
@@ -63,14 +71,13 @@ struct Place {
 }
 
 impl Place {
-    async fn pump(&self) -> Result<BoxedStream> {
-        let pods = format!("/api/v1/namespaces/{}/pods", self.namespace);
-        let request = Request::new(pods).portforward(&self.name, &[PORT])?;
-        let connection = self.client.connect(request).await?;
-        Ok(Box::new(PortForwardStream::new(
-            connection.into_stream(),
-            PORT,
-        )))
+    async fn pump(&self, subprotocol: Subprotocol) -> Result<BoxedStream> {
+        let pod = (self.namespace.as_str(), self.name.as_str());
+        let offered = [subprotocol];
+        let asked = websocket::port_forward(&self.client, pod, PORT, &offered);
+        let (socket, chosen) = asked.await?;
+        let stream = PortForwardStream::open(socket, chosen, PORT).await?;
+        Ok(Box::new(stream))
     }
 
     async fn kube(&self) -> Result<BoxedStream> {
@@ -134,7 +141,7 @@ async fn download(stream: &mut BoxedStream) -> Result<()> {
 fn print(direction: Direction, row: &str, mut values: Vec<f64>) {
     values.sort_by(f64::total_cmp);
     println!(
-        "  {direction:?} {row:<8} median {:>8.2}  {:.2} .. {:.2}  ({} rounds)",
+        "  {direction:?} {row:<18} median {:>8.2}  {:.2} .. {:.2}  ({} rounds)",
         values[values.len() / 2],
         values[0],
         values[values.len() - 1],

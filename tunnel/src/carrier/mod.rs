@@ -1,8 +1,8 @@
 //! What carries a connection: any reliable byte stream, TLS 1.3 over it, and the port-forward of an API server.
 
+pub mod port_forward;
 mod read_ahead;
 pub mod tls;
-pub mod websocket;
 
 use std::io;
 

@@ -7,17 +7,16 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::Api;
-use kube::core::Request;
 use tp_manager_api::locator::{LOCATOR_ENTRY, Skew};
 use tp_manager_api::{MANAGER_NAME, ManagerLocator, OLDEST_PROTOCOL, PROTOCOL};
-use tp_tunnel::carrier::websocket::PortForwardStream;
+use tp_tunnel::carrier::port_forward::{PortForwardStream, Subprotocol};
 use tp_tunnel::{BoxedStream, KeyHash};
 
 use super::super::login::Login;
 use super::super::status::CarrierKind;
 use super::super::unmet::Unmet;
 use super::{CarrierDialer, Place};
-use crate::kubeconfig::Cluster;
+use crate::kubeconfig::{Cluster, websocket};
 use crate::report::Failure;
 
 /// Reads where the installed manager is.
@@ -145,28 +144,31 @@ impl PortForward {
     }
 
     async fn open(&self, place: &Place) -> Result<BoxedStream, Unmet> {
-        let pods = format!("/api/v1/namespaces/{}/pods", self.namespace);
-        let request = Request::new(pods).portforward(&place.name, &[place.port]);
-        let request = request.expect("an object's name and a port make a valid request");
         let cluster = self.login.cluster().await.map_err(Unmet::passing)?;
-        let connection = cluster.in_time(cluster.client.connect(request)).await;
-        let connection = connection.map_err(|failure| self.not_forwarded(place, failure))?;
-        if connection.supports_stream_close() {
-            let failure =
-                Failure::new("the API server does not forward ports by v4.channel.k8s.io")
-                    .because("it chose v5.channel.k8s.io, which is not defined for port-forward");
-            return Err(Unmet::lasting(failure));
-        }
-        Ok(Box::new(PortForwardStream::new(
-            connection.into_stream(),
-            place.port,
-        )))
+        let pod = (self.namespace.as_str(), place.name.as_str());
+        let asked = websocket::port_forward(&cluster.client, pod, place.port, &Subprotocol::ALL);
+        let answer = cluster.in_time(asked).await;
+        let (socket, chosen) = answer.map_err(|failure| self.not_forwarded(place, failure))?;
+        tracing::debug!(
+            pod = place.name,
+            subprotocol = chosen.name(),
+            "port-forward open"
+        );
+        let stream = PortForwardStream::open(socket, chosen, place.port).await;
+        let stream = stream.map_err(|error| {
+            let failure = Failure::new(error.to_string());
+            self.not_forwarded(place, failure)
+        })?;
+        Ok(Box::new(stream))
     }
 
     fn not_forwarded(&self, place: &Place, failure: Failure) -> Unmet {
         let text = failure.to_string();
         if text.contains("Sec-WebSocket-Protocol") {
-            let what = "the API server does not forward ports by v4.channel.k8s.io, or a proxy before it strips that";
+            let [best, other] = Subprotocol::ALL.map(Subprotocol::name);
+            let what = format!(
+                "the API server forwards ports neither by {best} nor by {other}, or a proxy before it strips that"
+            );
             return Unmet::lasting(
                 failure
                     .within(what)

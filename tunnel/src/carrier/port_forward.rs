@@ -1,33 +1,63 @@
-//! One forwarded port of `pods/portforward` as a byte stream (`v4.channel.k8s.io` over a WebSocket).
+//! One forwarded port of `pods/portforward` as a byte stream, over a WebSocket.
 //!
-//! Every message is binary: a channel byte, then data. Channel 0 is the port's data, channel 1 its error text, and each
-//! channel begins with two bytes that repeat the port. The API server can half-close nothing here, so any end of the
-//! WebSocket is an error: what runs inside (TLS) says whether it was complete.
+//! Two protocols can run inside the messages, and the server chooses: [`Spdy`], which API servers since Kubernetes 1.31
+//! pass on to the container runtime as it is, and [`Channels`], which older ones speak. The first is much faster upwards:
+//! in the second the runtime itself unmasks every message, byte by byte. Nothing can be half-closed here, so any end of
+//! the WebSocket is an error: what runs inside (TLS) says whether it was complete.
 //!
 //! Reading and writing belong to one task, as everywhere below TLS; neither direction waits for the other. It knows
 //! nothing of TLS, pods or API servers.
 
+mod channels;
+mod spdy;
+
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use futures::{Sink, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::{self, Message};
 
-/// The data channel of one forwarded port.
+pub use channels::Channels;
+pub use spdy::Spdy;
+
+/// What a server may choose to speak inside the messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subprotocol {
+    /// SPDY/3.1 frames, messages being pieces of one byte stream.
+    Spdy,
+    /// One channel byte a message.
+    Channels,
+}
+
+impl Subprotocol {
+    /// All of them, the best one first.
+    pub const ALL: [Self; 2] = [Self::Spdy, Self::Channels];
+
+    /// Its name in `Sec-WebSocket-Protocol`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Spdy => "SPDY/3.1+portforward.k8s.io",
+            Self::Channels => "v4.channel.k8s.io",
+        }
+    }
+}
+
+/// The data of one forwarded port.
 ///
 /// Written bytes are gathered to messages of about 64 KiB, because API servers and kubelets pay by the message. They leave
 /// when full or when flushed; a first flush of a message that is not full is put off until this stream is polled again,
 /// which its task is asked to do at once, so that two frames of one turn share a message.
 pub struct PortForwardStream<S> {
     ws: WebSocketStream<S>,
-    channels: Channels,
+    framing: Framing,
     /// Data received and not yet read.
     unread: Bytes,
-    /// The message being gathered, channel byte included; empty when there is none.
+    /// The message being gathered, room for the framing's head included; empty when there is none.
     gathered: BytesMut,
     /// Something was given to the WebSocket since the last complete flush.
     unflushed: bool,
@@ -35,136 +65,144 @@ pub struct PortForwardStream<S> {
     put_off: bool,
 }
 
-/// The protocol inside the messages. Pure: messages in, data or an error out.
-pub struct Channels {
-    port: u16,
-    begun: [usize; 2],
-    error_text: Vec<u8>,
-}
-
 /// Why a carrier cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PortForwardError {
-    /// What the API server or the kubelet reported on the error channel, control characters escaped.
+    /// What the API server or the kubelet reported, control characters escaped.
     #[error("the port-forward failed: {0}")]
     Reported(String),
-    /// A message that the protocol does not allow.
-    #[error("the server does not speak v4.channel.k8s.io: {0}")]
+    /// Something that the protocol does not allow.
+    #[error("the server breaks the protocol of port-forwards: {0}")]
     Protocol(&'static str),
+    /// The pod's end of the port is gone.
+    #[error("the port-forward was cut")]
+    Ended,
 }
 
-impl<S> PortForwardStream<S> {
-    /// Takes over a WebSocket that was opened with subprotocol `v4.channel.k8s.io` for exactly one port.
-    pub fn new(ws: WebSocketStream<S>, port: u16) -> Self {
-        Self {
-            ws,
-            channels: Channels::new(port),
-            unread: Bytes::new(),
-            gathered: BytesMut::new(),
-            unflushed: false,
-            put_off: false,
-        }
+impl PortForwardError {
+    fn reported(text: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(&text[..text.len().min(ERROR_TEXT_MAX)]);
+        Self::Reported(text.trim().chars().flat_map(char::escape_debug).collect())
     }
 }
-
-impl Channels {
-    /// The state before the first message.
-    pub fn new(port: u16) -> Self {
-        Self {
-            port,
-            begun: [0; 2],
-            error_text: Vec::new(),
-        }
-    }
-
-    /// Takes one binary message. Returns its data, which may be empty.
-    pub fn receive(&mut self, mut message: Bytes) -> Result<Bytes, PortForwardError> {
-        if message.len() > RECEIVED_MAX {
-            return Err(PortForwardError::Protocol("a message of more than 1 MiB"));
-        }
-        // An empty message and a message that is only a channel byte both carry nothing.
-        if !message.has_remaining() {
-            return Ok(message);
-        }
-        match message.get_u8() {
-            DATA => self.begin(DATA, &mut message).map(|()| message),
-            ERROR => {
-                self.begin(ERROR, &mut message)?;
-                self.report(&message).map(|()| Bytes::new())
-            }
-            _ => Err(PortForwardError::Protocol("a channel that was not opened")),
-        }
-    }
-
-    /// Checks and removes the two bytes that open a channel, which may come in pieces.
-    fn begin(&mut self, channel: u8, message: &mut Bytes) -> Result<(), PortForwardError> {
-        let begun = &mut self.begun[usize::from(channel)];
-        let port = self.port.to_le_bytes();
-        while *begun < port.len() && message.has_remaining() {
-            if message.get_u8() != port[*begun] {
-                return Err(PortForwardError::Protocol(
-                    "a channel began with another port",
-                ));
-            }
-            *begun += 1;
-        }
-        Ok(())
-    }
-
-    /// The server writes the whole text and nothing after it; a text of several messages loses its later ones.
-    fn report(&mut self, text: &[u8]) -> Result<(), PortForwardError> {
-        if text.is_empty() {
-            return Ok(());
-        }
-        self.error_text
-            .extend_from_slice(&text[..text.len().min(ERROR_TEXT_MAX)]);
-        let text = String::from_utf8_lossy(&self.error_text);
-        Err(PortForwardError::Reported(
-            text.trim().chars().flat_map(char::escape_debug).collect(),
-        ))
-    }
-}
-
-const DATA: u8 = 0;
-const ERROR: u8 = 1;
-
-/// Largest payload of a message we send: two full frames and what TLS adds. Beyond this the API server gets no faster.
-const SENT_MAX: usize = 65 * 1024;
-
-/// Largest message accepted; API servers send 32 KiB.
-const RECEIVED_MAX: usize = 1 << 20;
-
-/// Bytes of an error text that are kept.
-const ERROR_TEXT_MAX: usize = 1024;
 
 impl From<PortForwardError> for io::Error {
     fn from(error: PortForwardError) -> Self {
         let kind = match error {
             PortForwardError::Reported(_) => io::ErrorKind::ConnectionAborted,
             PortForwardError::Protocol(_) => io::ErrorKind::InvalidData,
+            PortForwardError::Ended => io::ErrorKind::UnexpectedEof,
         };
         Self::new(kind, error)
     }
 }
 
+/// Largest payload of a message we send: two full frames and what TLS adds. Beyond this the API server gets no faster.
+const SENT_MAX: usize = 65 * 1024;
+
+/// Bytes of an error text that are kept.
+const ERROR_TEXT_MAX: usize = 1024;
+
+enum Framing {
+    Spdy(Spdy),
+    Channels(Channels),
+}
+
+impl Framing {
+    /// Bytes before the payload of a message.
+    fn head(&self) -> usize {
+        match self {
+            Self::Spdy(_) => Spdy::HEAD,
+            Self::Channels(_) => 1,
+        }
+    }
+
+    /// Something is to be sent that is no payload.
+    fn owes(&self) -> bool {
+        match self {
+            Self::Spdy(spdy) => spdy.owes(),
+            Self::Channels(_) => false,
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        match self {
+            Self::Spdy(spdy) => spdy.is_open(),
+            Self::Channels(_) => true,
+        }
+    }
+
+    /// Makes a message of the room for its head and its payload.
+    fn complete(&mut self, message: &mut BytesMut) {
+        match self {
+            Self::Spdy(spdy) => spdy.complete(message),
+            Self::Channels(_) => message[0] = channels::DATA,
+        }
+    }
+
+    fn receive(&mut self, message: Bytes) -> Result<(), PortForwardError> {
+        match self {
+            Self::Spdy(spdy) => {
+                spdy.receive(message);
+                Ok(())
+            }
+            Self::Channels(channels) => channels.receive(message),
+        }
+    }
+
+    fn next_data(&mut self) -> Result<Option<Bytes>, PortForwardError> {
+        match self {
+            Self::Spdy(spdy) => spdy.next_data(),
+            Self::Channels(channels) => Ok(channels.next_data()),
+        }
+    }
+}
+
 impl<S: AsyncRead + AsyncWrite + Unpin> PortForwardStream<S> {
-    /// The next data, through pings and error texts.
-    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+    /// Takes over a WebSocket that was opened for exactly one port, and opens what its subprotocol asks for.
+    ///
+    /// # Errors
+    /// The server refused, or broke the protocol.
+    pub async fn open(
+        ws: WebSocketStream<S>,
+        subprotocol: Subprotocol,
+        port: u16,
+    ) -> io::Result<Self> {
+        let mut stream = Self {
+            ws,
+            framing: match subprotocol {
+                Subprotocol::Spdy => Framing::Spdy(Spdy::new(port)),
+                Subprotocol::Channels => Framing::Channels(Channels::new(port)),
+            },
+            unread: Bytes::new(),
+            gathered: BytesMut::new(),
+            unflushed: false,
+            put_off: false,
+        };
+        poll_fn(|cx| stream.poll_flush_now(cx)).await?;
+        while !stream.framing.is_open() {
+            poll_fn(|cx| stream.poll_message(cx)).await?;
+            if let Some(data) = stream.framing.next_data()? {
+                stream.unread = data;
+            }
+        }
+        Ok(stream)
+    }
+
+    /// Gives the next binary message to the framing.
+    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let Some(message) = ready!(Pin::new(&mut self.ws).poll_next(cx)) else {
-                return Poll::Ready(Err(cut()));
+                return Poll::Ready(Err(PortForwardError::Ended.into()));
             };
             match message.map_err(io_error)? {
                 Message::Binary(message) => {
-                    let data = self.channels.receive(message)?;
-                    if !data.is_empty() {
-                        return Poll::Ready(Ok(data));
-                    }
+                    return Poll::Ready(self.framing.receive(message).map_err(Into::into));
                 }
                 // Reading on sends the pong that tungstenite queued.
                 Message::Ping(_) | Message::Pong(_) => {}
-                Message::Close(_) => return Poll::Ready(Err(cut())),
+                Message::Close(_) => return Poll::Ready(Err(PortForwardError::Ended.into())),
                 Message::Text(_) | Message::Frame(_) => {
                     return Poll::Ready(Err(PortForwardError::Protocol("a text message").into()));
                 }
@@ -172,14 +210,34 @@ impl<S: AsyncRead + AsyncWrite + Unpin> PortForwardStream<S> {
         }
     }
 
+    /// The next data, through pings and whatever else carries none.
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+        loop {
+            let data = self.framing.next_data()?;
+            if self.framing.owes() && !self.put_off {
+                self.put_off = true;
+                cx.waker().wake_by_ref();
+            }
+            if let Some(data) = data {
+                return Poll::Ready(Ok(data));
+            }
+            ready!(self.poll_message(cx))?;
+        }
+    }
+
     /// Gives the gathered message to the WebSocket.
     fn poll_hand_over(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.gathered.is_empty() {
+        if self.gathered.is_empty() && !self.framing.owes() {
+            self.put_off = false;
             return Poll::Ready(Ok(()));
         }
         // Ready once everything before is written, so at most one message is buffered below.
         ready!(Pin::new(&mut self.ws).poll_ready(cx)).map_err(io_error)?;
         self.put_off = false;
+        if self.gathered.is_empty() {
+            self.gathered.put_bytes(0, self.framing.head());
+        }
+        self.framing.complete(&mut self.gathered);
         let message = self.gathered.split().freeze();
         Pin::new(&mut self.ws)
             .start_send(Message::Binary(message))
@@ -188,17 +246,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> PortForwardStream<S> {
         Poll::Ready(Ok(()))
     }
 
+    /// Bytes of the largest message.
+    fn message_max(&self) -> usize {
+        self.framing.head() + SENT_MAX
+    }
+
     /// Room for more bytes in the gathered message.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if self.gathered.len() > SENT_MAX {
+        if self.gathered.len() >= self.message_max() {
             ready!(self.poll_hand_over(cx))?;
             ready!(self.poll_written(cx))?;
         }
         if self.gathered.is_empty() {
-            self.gathered.reserve(1 + SENT_MAX);
-            self.gathered.put_u8(DATA);
+            self.gathered.reserve(self.message_max());
+            self.gathered.put_bytes(0, self.framing.head());
         }
-        Poll::Ready(Ok(1 + SENT_MAX - self.gathered.len()))
+        Poll::Ready(Ok(self.message_max() - self.gathered.len()))
     }
 
     fn poll_flush_now(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -234,7 +297,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for PortForwardStream<S> {
             return Poll::Ready(Err(error));
         }
         if self.unread.is_empty() {
-            self.unread = ready!(self.poll_message(cx))?;
+            self.unread = ready!(self.poll_data(cx))?;
         }
         let size = self.unread.len().min(buf.remaining());
         buf.put_slice(&self.unread.split_to(size));
@@ -273,7 +336,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for PortForwardStream<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.gathered.is_empty() && self.gathered.len() <= SENT_MAX && !self.put_off {
+        let is_full = self.gathered.len() >= self.message_max();
+        if !self.gathered.is_empty() && !is_full && !self.put_off {
             self.put_off = true;
             cx.waker().wake_by_ref();
             return Poll::Ready(Ok(()));
@@ -293,10 +357,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for PortForwardStream<S> {
     }
 }
 
-fn cut() -> io::Error {
-    io::Error::new(io::ErrorKind::UnexpectedEof, "the port-forward was cut")
-}
-
 fn io_error(error: tungstenite::Error) -> io::Error {
     #[expect(
         clippy::wildcard_enum_match_arm,
@@ -304,7 +364,9 @@ fn io_error(error: tungstenite::Error) -> io::Error {
     )]
     match error {
         tungstenite::Error::Io(error) => error,
-        tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed => cut(),
+        tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed => {
+            PortForwardError::Ended.into()
+        }
         other => io::Error::other(other),
     }
 }
@@ -312,12 +374,13 @@ fn io_error(error: tungstenite::Error) -> io::Error {
 #[cfg(test)]
 mod tests {
     use futures::{SinkExt, StreamExt};
-    use proptest::prelude::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio_tungstenite::tungstenite::protocol::Role;
 
     use super::*;
 
+    const DATA: u8 = channels::DATA;
+    const ERROR: u8 = 1;
     const PORT: u16 = 8443;
     const PORT_BYTES: [u8; 2] = PORT.to_le_bytes();
 
@@ -330,7 +393,8 @@ mod tests {
         let (ours, theirs) = duplex(buffer);
         let ours = WebSocketStream::from_raw_socket(ours, Role::Client, None).await;
         let theirs = WebSocketStream::from_raw_socket(theirs, Role::Server, None).await;
-        (PortForwardStream::new(ours, PORT), theirs)
+        let ours = PortForwardStream::open(ours, Subprotocol::Channels, PORT);
+        (ours.await.unwrap(), theirs)
     }
 
     fn message(channel: u8, data: &[u8]) -> Message {
@@ -470,42 +534,62 @@ mod tests {
         reading.abort();
     }
 
-    #[test]
-    fn other_ports_channels_and_sizes_are_protocol_errors() {
-        for bad in [
-            vec![DATA, 0, 0],
-            vec![DATA, PORT_BYTES[0], 0],
-            vec![2, 1],
-            vec![0; RECEIVED_MAX + 1],
-        ] {
-            let received = Channels::new(PORT).receive(bad.into());
-            assert!(
-                matches!(received, Err(PortForwardError::Protocol(_))),
-                "{received:?}"
-            );
+    /// Serves the container runtime's side: replies to both streams, then sends these frames.
+    async fn spdy_server(
+        mut server: WebSocketStream<DuplexStream>,
+        frames: &'static [u8],
+    ) -> Vec<u8> {
+        let asked = server.next().await.unwrap().unwrap().into_data();
+        assert!(asked.windows(10).any(|text| text == b"streamtype"));
+        let replies = [1, 3].map(|stream| [0x80, 3, 0, 2, 0, 0, 0, 4, 0, 0, 0, stream]);
+        let replies = Message::Binary(Bytes::from(replies.concat()));
+        server.send(replies).await.unwrap();
+        server.send(Message::Binary(frames.into())).await.unwrap();
+        let mut received = Vec::new();
+        while let Some(Ok(Message::Binary(message))) = server.next().await {
+            received.extend_from_slice(&message);
         }
+        received
     }
 
-    proptest! {
-        #[test]
-        fn data_survives_any_cut_into_messages(data in prop::collection::vec(any::<u8>(), 0..500), cut in 1..100_usize) {
-            let stream = [&PORT_BYTES[..], &data].concat();
-            let mut channels = Channels::new(PORT);
-            let mut received = Vec::new();
-            for piece in stream.chunks(cut) {
-                received.extend_from_slice(&channels.receive([&[DATA], piece].concat().into()).unwrap());
-            }
-            prop_assert_eq!(received, data);
-        }
+    #[tokio::test]
+    async fn spdy_carries_bytes_both_ways_and_answers_a_ping() {
+        let (ours, theirs) = duplex(4096);
+        let ours = WebSocketStream::from_raw_socket(ours, Role::Client, None).await;
+        let theirs = WebSocketStream::from_raw_socket(theirs, Role::Server, None).await;
+        let frames =
+            b"\0\0\0\x03\0\0\0\x05hello\x80\x03\0\x06\0\0\0\x04\0\0\0\x02\0\0\0\x03\0\0\0\x01!";
+        let server = tokio::spawn(spdy_server(theirs, frames));
+        let mut stream = PortForwardStream::open(ours, Subprotocol::Spdy, PORT)
+            .await
+            .unwrap();
 
-        #[test]
-        fn any_messages_are_taken_without_panic(messages in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..20)) {
-            let mut channels = Channels::new(PORT);
-            for message in messages {
-                if channels.receive(message.into()).is_err() {
-                    break;
-                }
-            }
-        }
+        let mut greeting = [0; 6];
+        stream.read_exact(&mut greeting).await.unwrap();
+        stream.write_all(b"hi").await.unwrap();
+        stream.shutdown().await.unwrap();
+
+        assert_eq!(&greeting, b"hello!");
+        let received = server.await.unwrap();
+        let ping = b"\x80\x03\0\x06\0\0\0\x04\0\0\0\x02";
+        let data = b"\0\0\0\x03\0\0\0\x02hi";
+        // The answer may leave with the data or before it.
+        let with = [&data[..], ping].concat();
+        let before = [&ping[..], data].concat();
+        assert!(received == with || received == before, "{received:?}");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_while_opening_is_reported() {
+        let (ours, theirs) = duplex(4096);
+        let ours = WebSocketStream::from_raw_socket(ours, Role::Client, None).await;
+        let mut theirs = WebSocketStream::from_raw_socket(theirs, Role::Server, None).await;
+        let text = Bytes::from_static(b"\0\0\0\x01\0\0\0\x07no pod\n");
+        theirs.send(Message::Binary(text)).await.unwrap();
+
+        let error = PortForwardStream::open(ours, Subprotocol::Spdy, PORT).await;
+
+        let text = error.err().unwrap().to_string();
+        assert_eq!(text, "the port-forward failed: no pod");
     }
 }
