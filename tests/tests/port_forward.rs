@@ -13,11 +13,11 @@ async fn open(cluster: &Cluster, pod: &str, port: u16, by: Subprotocol) -> std::
         kubeconfig: Some(cluster.directory().join("kubeconfig")),
         ..Selectors::default()
     };
-    let client = selectors.load().await.unwrap().client;
+    let cluster = selectors.load().await;
+    let client = cluster.expect("the harness's kubeconfig loads").client;
     let place = ("kube-system", pod);
-    let (socket, chosen) = websocket::port_forward(&client, place, port, &[by])
-        .await
-        .unwrap();
+    let asked = websocket::port_forward(&client, place, port, &[by]).await;
+    let (socket, chosen) = asked.expect("the API server speaks both");
     assert_eq!(chosen, by);
     PortForwardStream::open(socket, chosen, port).await
 }
