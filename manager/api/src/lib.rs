@@ -1,16 +1,26 @@
-//! The objects that workstation and manager agree on.
+//! The objects that workstation, manager and agent agree on.
 //!
-//! Custom resources and the admission policy that guards them, the two documents that travel (the view of a cluster
-//! and the manager's locator), and the names both sides must spell alike. It holds no client, no socket and no clock:
+//! Custom resources and the admission policy that guards them, the documents that travel (the view of a cluster, the
+//! manager's locator, an agent's routes), the matchers of requests, and the names all sides must spell alike. What needs
+//! Kubernetes' types is behind the feature `kube`, which the agent leaves off. It holds no client, no socket and no clock:
 //! whoever uses it decides where the objects come from.
 
 pub mod cluster_view;
+#[cfg(feature = "kube")]
 pub mod locator;
+pub mod matcher;
+#[cfg(feature = "kube")]
 pub mod policy;
+pub mod route_table;
+#[cfg(feature = "kube")]
 pub mod session;
 
 pub use cluster_view::ClusterView;
+#[cfg(feature = "kube")]
 pub use locator::ManagerLocator;
+pub use matcher::{Matcher, Matchers};
+pub use route_table::RouteTable;
+#[cfg(feature = "kube")]
 pub use session::{ClientInfo, Session, SessionSpec, SessionStatus};
 
 /// API group of every custom resource.
