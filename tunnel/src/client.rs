@@ -22,8 +22,9 @@ use crate::flow_control::{Frame, Pulse, Role};
 use crate::link::{Link, Wire, client_builder};
 use crate::proxy_status::DialError;
 use crate::settings::{CONTROL_RESPONSE_MAX, DNS_MESSAGE_MAX, Settings};
+use crate::streams::accept::ACCEPT_PATH;
 use crate::streams::body::{self, BodyError};
-use crate::streams::{DatagramFlow, Flow, FlowSender, datagram};
+use crate::streams::{DatagramFlow, Flow, FlowSender, Incoming, datagram};
 use crate::target::Target;
 
 /// A handle on one connection; clones share it.
@@ -140,6 +141,25 @@ impl Tunnel {
         }
         let (body, stream) = self.open(request).await?;
         Ok(DatagramFlow::new(stream, body, Arc::clone(&self.link)))
+    }
+
+    /// Waits for the next inbound flow on a stream posted for it. As many flows as calls wait at a time can arrive at
+    /// once, so a workstation keeps a handful waiting and calls again as soon as one returns. Dropping the future takes
+    /// the posted stream back.
+    ///
+    /// [`OpenError::Reset`] says that the serving side gave the stream back; ask again after a pause, unless the
+    /// connection [is closed](Self::is_closed).
+    pub async fn accept(&self) -> Result<Incoming, OpenError> {
+        let (response, stream) = self.send(request(Method::POST, uri(ACCEPT_PATH)?)).await?;
+        let answer = self.explain(response.await)?;
+        let (head, body) = answer.into_parts();
+        match head.status.is_success() {
+            true => Incoming::new(&head.headers, body, stream, Arc::clone(&self.link)),
+            false => Err(OpenError::Answer(format!(
+                "status {} to a posted stream",
+                head.status.as_u16()
+            ))),
+        }
     }
 
     /// Asks one DNS question in wire format (RFC 8484) and returns the answer in wire format.

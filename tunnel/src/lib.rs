@@ -1,7 +1,7 @@
 //! Flows multiplexed as standard HTTP/2 over one disposable byte stream.
 //!
-//! A workstation opens TCP flows with CONNECT, UDP flows with connect-udp, asks DNS questions with DoH and reads small
-//! JSON resources, all on one connection whose both ends hold pinned keys. The crate does not know Kubernetes, packets,
+//! A workstation opens TCP flows with CONNECT, UDP flows with connect-udp, takes inbound flows on posted streams, asks DNS
+//! questions with DoH and reads small JSON resources, all on one connection whose both ends hold pinned keys. The crate does not know Kubernetes, packets,
 //! or which destinations are allowed: a [`server::Service`] decides that.
 
 pub mod carrier;
@@ -25,7 +25,8 @@ pub use proxy_status::{DialError, DialErrorKind};
 pub use server::{Service, serve, serve_with};
 pub use settings::Settings;
 pub use streams::{
-    DatagramFlow, DatagramReceiver, DatagramSender, Ended, Flow, FlowReceiver, FlowSender, Relayed,
-    relay,
+    DatagramFlow, DatagramReceiver, DatagramSender, Ended, Flow, FlowReader, FlowReceiver,
+    FlowSender, FlowWriter, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Relayed, Workstation,
+    join, relay,
 };
 pub use target::{Host, ParseTargetError, Target};

@@ -25,8 +25,9 @@ use crate::flow_control::{Frame, Pulse, Role};
 use crate::link::{Link, Wire, server_builder};
 use crate::proxy_status::{DialError, PROXY_STATUS};
 use crate::settings::{CONTROL_REQUEST_MAX, DNS_MESSAGE_MAX, Settings, UNANSWERED_MAX};
+use crate::streams::accept::ACCEPT_PATH;
 use crate::streams::body::{self, BodyError};
-use crate::streams::{DatagramFlow, Flow, FlowSender, datagram, relay};
+use crate::streams::{DatagramFlow, Flow, FlowSender, Workstation, datagram, relay};
 use crate::target::Target;
 
 /// What a connection may reach. One value per connection, so it knows whose it is.
@@ -42,6 +43,12 @@ pub trait Service: Send + Sync + 'static {
 
     /// Answers a request on `/v1/…`, whose body is at most 64 KiB.
     fn control(&self, request: Request<Bytes>) -> BoxFuture<'_, Response<Bytes>>;
+
+    /// Told once, before the first stream: where to offer inbound flows to this connection. Nothing by default; then
+    /// posted streams wait until the connection ends.
+    fn connected(&self, workstation: Workstation) {
+        drop(workstation);
+    }
 }
 
 /// Serves one connection until the peer or `shutdown` ends it. After `shutdown` nothing new is taken (GOAWAY) and it
@@ -78,16 +85,25 @@ pub async fn serve_with(
         Arc::clone(&link.meter),
         Arc::clone(&link.holds),
     );
+    let workstation = Workstation::new(Arc::clone(&link));
+    service.connected(workstation.clone());
+    let _closed = CloseOnDrop(workstation.clone());
     let mut streams = JoinSet::new();
     let unanswered = Arc::new(Semaphore::new(UNANSWERED_MAX));
     let mut draining = false;
     let ended = poll_fn(|cx| {
         if !draining && shutdown.as_mut().poll(cx).is_ready() {
             draining = true;
+            // Posted streams would keep a draining connection open for ever.
+            workstation.close();
             connection.graceful_shutdown();
         }
         loop {
             match connection.poll_accept(cx) {
+                Poll::Ready(Some(Ok((request, respond)))) if is_posted(&request) => {
+                    // Refused by being dropped where nothing new is taken.
+                    workstation.post(respond, request.into_body());
+                }
                 Poll::Ready(Some(Ok((request, mut respond)))) => {
                     let Ok(waiting) = Arc::clone(&unanswered).try_acquire_owned() else {
                         respond.send_reset(Reason::REFUSED_STREAM);
@@ -114,10 +130,26 @@ pub async fn serve_with(
         }
     })
     .await;
+    workstation.close();
     // The carrier goes first: what is left then ends with a reset and not with a FIN.
     drop(connection);
     streams.shutdown().await;
     ended
+}
+
+/// Offers to a connection whose future was dropped must end too.
+struct CloseOnDrop(Workstation);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+fn is_posted(request: &Request<RecvStream>) -> bool {
+    request.method() == Method::POST
+        && request.uri().path() == ACCEPT_PATH
+        && !request.body().is_end_stream()
 }
 
 /// A panic ends one stream only.

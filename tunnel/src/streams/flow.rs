@@ -1,5 +1,6 @@
 //! One TCP flow on one HTTP/2 stream: END_STREAM is FIN, RST_STREAM is RST.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -33,6 +34,10 @@ pub struct FlowSender {
 pub struct FlowReceiver {
     stream: RecvStream,
     link: Arc<Link>,
+    /// Taken from h2 before anybody asked; their credit is still held.
+    early: VecDeque<Bytes>,
+    /// How the flow ended after them, if badly.
+    failed: Option<FlowError>,
 }
 
 impl fmt::Debug for Flow {
@@ -44,10 +49,11 @@ impl fmt::Debug for Flow {
 impl Flow {
     pub(crate) fn new(stream: SendStream<Frame>, body: RecvStream, link: Arc<Link>) -> Self {
         let sender = FlowSender::new(stream, Arc::clone(&link));
-        Self {
-            sender,
-            receiver: FlowReceiver { stream: body, link },
-        }
+        Self::from_parts(sender, FlowReceiver::new(body, link))
+    }
+
+    pub(crate) fn from_parts(sender: FlowSender, receiver: FlowReceiver) -> Self {
+        Self { sender, receiver }
     }
 
     /// Sends bytes; returns when all were handed to the connection. Not cancel safe: a dropped call may have sent a
@@ -119,7 +125,7 @@ impl FlowSender {
 
     /// Sends one frame from the front of `data`, once the windows have room for it and it is this flow's turn. The
     /// windows come first: a flow that may not send must never hold a turn.
-    fn poll_send(
+    pub(crate) fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
         data: &mut Bytes,
@@ -150,6 +156,11 @@ impl FlowSender {
                     .map_err(|error| self.cause(error)),
             );
         }
+    }
+
+    /// Gives back window that was reserved and not used.
+    pub(crate) fn unreserve(&mut self) {
+        self.stream.reserve_capacity(0);
     }
 
     /// Waits until the peer has reset the flow or the connection has ended. Cancel safe.
@@ -186,6 +197,18 @@ impl FlowSender {
     }
 }
 
+impl fmt::Debug for FlowSender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FlowSender").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for FlowReceiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FlowReceiver").finish_non_exhaustive()
+    }
+}
+
 /// A reset with NO_ERROR comes after everything was sent (RFC 9113 §8.1).
 fn is_complete(error: &h2::Error) -> bool {
     error.is_reset() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
@@ -201,9 +224,24 @@ impl Drop for CancelTurn<'_> {
     }
 }
 
+/// Frames kept beside the stream's window in bytes; with frames this small the rest waits inside h2.
+const STALLED_FRAMES_MAX: usize = 1024;
+
 impl FlowReceiver {
     pub(crate) fn new(stream: RecvStream, link: Arc<Link>) -> Self {
-        Self { stream, link }
+        Self {
+            stream,
+            link,
+            early: VecDeque::new(),
+            failed: None,
+        }
+    }
+
+    /// Bytes taken by [`Self::poll_data`] that are to come again.
+    pub(crate) fn put_back(&mut self, data: Bytes) {
+        if !data.is_empty() {
+            self.early.push_front(data);
+        }
     }
 
     /// As [`Flow::recv`].
@@ -220,6 +258,17 @@ impl FlowReceiver {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Option<Bytes>, FlowError>> {
+        if let Some(data) = self.early.pop_front() {
+            return Poll::Ready(Ok(Some(data)));
+        }
+        match self.failed.take() {
+            Some(error) => Poll::Ready(Err(error)),
+            None => self.poll_fresh(cx),
+        }
+    }
+
+    /// The next bytes from h2. After the end it is the end again.
+    fn poll_fresh(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, FlowError>> {
         loop {
             match ready!(self.stream.poll_data(cx)) {
                 Some(Ok(data)) if data.is_empty() => {}
@@ -238,6 +287,27 @@ impl FlowReceiver {
     pub(crate) fn release(&mut self, bytes: usize) {
         // Fails only when more is released than was received, or after the stream's end, when nothing needs it.
         let _ = self.stream.flow_control().release_capacity(bytes);
+    }
+
+    /// To be polled while whatever the bytes go to takes none: what arrives meanwhile counts as held, so that the
+    /// connection's window can make up for it. Resolves when the flow ended badly or had to go because it was the slowest.
+    /// Cancel safe: nothing is lost.
+    pub async fn stalled(&mut self) -> FlowError {
+        let hold = self.hold();
+        poll_fn(|cx| {
+            while self.early.len() < STALLED_FRAMES_MAX {
+                match self.poll_fresh(cx) {
+                    Poll::Ready(Ok(Some(data))) => self.early.push_back(data),
+                    Poll::Ready(Err(error)) => {
+                        self.failed = Some(error.clone());
+                        return Poll::Ready(error);
+                    }
+                    Poll::Ready(Ok(None)) | Poll::Pending => break,
+                }
+            }
+            hold.poll_update(cx, self.held()).map(|()| FlowError::Local)
+        })
+        .await
     }
 
     /// Bytes received and not released.

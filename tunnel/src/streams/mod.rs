@@ -1,11 +1,15 @@
 //! What runs on the streams of a connection: TCP flows, UDP flows and small request bodies.
 
+pub(crate) mod accept;
 pub(crate) mod body;
 pub mod capsule;
 pub(crate) mod datagram;
 mod flow;
+mod io;
 mod relay;
 
+pub use accept::{Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Workstation, join};
 pub use datagram::{DatagramFlow, DatagramReceiver, DatagramSender};
 pub use flow::{Flow, FlowReceiver, FlowSender};
+pub use io::{FlowReader, FlowWriter};
 pub use relay::{Ended, Relayed, relay};
