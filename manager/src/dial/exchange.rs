@@ -4,24 +4,28 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::dial::message::{HEADER, question_end};
 
-/// Where to ask, and how patiently.
+/// Where to ask, and how patiently. Clones share the bound on questions that are open.
 #[derive(Clone, Debug)]
 pub struct Nameservers {
-    /// In order of preference.
-    pub addresses: Vec<SocketAddr>,
-    /// For one nameserver and one attempt.
-    pub timeout: Duration,
-    /// How often the list is gone through.
-    pub attempts: u32,
+    addresses: Vec<SocketAddr>,
+    timeout: Duration,
+    attempts: u32,
+    /// Each open question holds a descriptor.
+    open: Arc<Semaphore>,
 }
+
+/// Questions open at once; later ones wait for their turn.
+const OPEN_MAX: usize = 1024;
 
 /// Nobody gave a usable answer.
 #[derive(Debug, thiserror::Error)]
@@ -36,10 +40,22 @@ pub enum ExchangeError {
 }
 
 impl Nameservers {
+    /// With the addresses in order of preference, the patience with one of them in one attempt, and how often the list is
+    /// gone through.
+    pub fn new(addresses: Vec<SocketAddr>, timeout: Duration, attempts: u32) -> Self {
+        Self {
+            addresses,
+            timeout,
+            attempts,
+            open: Arc::new(Semaphore::new(OPEN_MAX)),
+        }
+    }
+
     /// Sends a query and returns the answer, with the query's id. The id on the wire is a random one.
     ///
     /// A nameserver that fails or refuses is passed over while there is another; its answer is returned when all do.
     pub async fn exchange(&self, query: &[u8]) -> Result<Vec<u8>, ExchangeError> {
+        let _turn = self.open.acquire().await.expect("it is never closed");
         let mut failed: Option<Vec<u8>> = None;
         let mut last = None;
         for server in (0..self.attempts).flat_map(|_| &self.addresses) {
@@ -164,11 +180,7 @@ mod tests {
     }
 
     fn asking(addresses: Vec<SocketAddr>) -> Nameservers {
-        Nameservers {
-            addresses,
-            timeout: Duration::from_millis(300),
-            attempts: 1,
-        }
+        Nameservers::new(addresses, Duration::from_millis(300), 1)
     }
 
     /// Answers one query after another with what `reply` makes of it.

@@ -1,12 +1,14 @@
 //! Names to addresses, as a pod of the session's namespace would resolve them.
 //!
-//! A stub resolver: it goes through the search list, asks for A and AAAA together and follows aliases. Recursion and
-//! caching are the cluster's nameserver's work.
+//! A stub resolver: it asks for all names of the search list at once and believes the first one in its order, asks for A
+//! and AAAA together and follows aliases. Recursion and caching are the cluster's nameserver's work.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesOrdered;
 use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RData, RecordType};
 use tokio::time::timeout;
@@ -66,11 +68,8 @@ pub struct Resolver {
 impl Resolver {
     /// With `hosts`, that file goes before the nameservers, and is read anew for each name.
     pub fn new(conf: ResolvConf, hosts: Option<PathBuf>) -> Self {
-        let nameservers = Nameservers {
-            addresses: conf.nameservers.clone(),
-            timeout: conf.timeout,
-            attempts: conf.attempts,
-        };
+        let addresses = conf.nameservers.clone();
+        let nameservers = Nameservers::new(addresses, conf.timeout, conf.attempts);
         Self {
             conf,
             nameservers,
@@ -112,15 +111,21 @@ impl Resolver {
             });
         }
         let mut outcome = ResolveError::NoSuchName(name.to_owned());
-        for candidate in self.conf.candidates(name, namespace) {
-            match self.lookup_absolute(&candidate).await {
-                Ok(addresses) => {
+        let candidates = self.conf.candidates(name, namespace);
+        let mut found: FuturesOrdered<_> = candidates
+            .iter()
+            .map(|candidate| self.lookup_absolute(candidate))
+            .collect();
+        for candidate in &candidates {
+            match found.next().await {
+                Some(Ok(addresses)) => {
                     return Ok(Resolved {
-                        name: candidate,
+                        name: candidate.clone(),
                         addresses,
                     });
                 }
-                Err(error) => outcome = clearer(outcome, error),
+                Some(Err(error)) => outcome = clearer(outcome, error),
+                None => break,
             }
         }
         Err(outcome)
@@ -375,6 +380,40 @@ mod tests {
                 .await
                 .is_ok()
         );
+    }
+
+    #[tokio::test]
+    async fn the_whole_search_list_is_asked_at_once_and_its_first_hit_counts() {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let mut conf = ResolvConf::parse("search a b\noptions ndots:5");
+        conf.nameservers.push(socket.local_addr().unwrap());
+        let answering = tokio::spawn(async move {
+            let mut queries = Vec::new();
+            // Two families of three names, and no answer before the last of them has come.
+            for _ in 0..6 {
+                let mut buffer = [0; 2048];
+                let (length, peer) = socket.recv_from(&mut buffer).await.unwrap();
+                queries.push((Message::from_vec(&buffer[..length]).unwrap(), peer));
+            }
+            for (query, peer) in queries {
+                let name = query.queries[0].name.clone();
+                let mut reply = query.into_response();
+                // Both `web.b` and `web` exist.
+                if name == self::name("web.a.") {
+                    reply.metadata.response_code = ResponseCode::NXDomain;
+                } else {
+                    let address = RData::A(A("10.0.0.2".parse().unwrap()));
+                    reply.add_answer(Record::from_rdata(name, 5, address));
+                }
+                let reply = reply.to_vec().unwrap();
+                socket.send_to(&reply, peer).await.unwrap();
+            }
+        });
+
+        let resolved = Resolver::new(conf, None).lookup("web", None).await.unwrap();
+
+        assert_eq!(resolved.name, "web.b");
+        answering.await.unwrap();
     }
 
     #[tokio::test]
