@@ -18,7 +18,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::Role;
-use tp_tunnel::carrier::port_forward::Subprotocol;
+use tp_tunnel::carrier::port_forward::{Subprotocol, websocket_config};
 
 /// A connection to the API server that became a WebSocket's.
 pub type Socket = TokioIo<Upgraded>;
@@ -48,7 +48,8 @@ pub async fn port_forward(
     let upgraded = upgraded.map_err(|error| {
         kube::Error::UpgradeConnection(UpgradeConnectionError::GetPendingUpgrade(error))
     })?;
-    let socket = WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Client, None).await;
+    let (socket, config) = (TokioIo::new(upgraded), websocket_config());
+    let socket = WebSocketStream::from_raw_socket(socket, Role::Client, Some(config)).await;
     Ok((socket, chosen))
 }
 

@@ -20,6 +20,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures::{Sink, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message};
 
 pub use channels::Channels;
@@ -46,6 +47,17 @@ impl Subprotocol {
         }
     }
 }
+
+/// How the WebSocket of a port-forward is to be set up.
+///
+/// tungstenite fills the room for each read with zeros first; API servers send TLS records of 16 KiB, so a read of the
+/// usual 128 KiB would clear eight bytes for each one that comes.
+pub fn websocket_config() -> WebSocketConfig {
+    WebSocketConfig::default().read_buffer_size(READ_SIZE)
+}
+
+/// Bytes of one read from the WebSocket's connection.
+const READ_SIZE: usize = 16 * 1024;
 
 /// The data of one forwarded port.
 ///

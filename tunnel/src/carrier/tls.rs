@@ -25,7 +25,7 @@ use crate::carrier::ReadAhead;
 use crate::identity::{Identity, KeyHash};
 
 /// The client's end, ready for HTTP/2.
-pub type ClientTls<IO> = tokio_rustls::client::TlsStream<ReadAhead<IO>>;
+pub type ClientTls<IO> = tokio_rustls::client::TlsStream<IO>;
 
 /// The server's end, ready for HTTP/2.
 pub type ServerTls<IO> = tokio_rustls::server::TlsStream<ReadAhead<IO>>;
@@ -76,6 +76,8 @@ pub enum TlsError {
 
 /// Secures a carrier from the client's side. Fails before any HTTP byte when the server's key is not `manager`.
 ///
+/// rustls reads in small pieces: a carrier to which each read is a system call is to be wrapped in a [`ReadAhead`].
+///
 /// Cancel safe in the sense that dropping it drops the carrier.
 pub async fn connect_tls<IO>(
     io: IO,
@@ -87,7 +89,7 @@ where
 {
     let name = ServerName::try_from("manager.tp.dev").expect("a constant, valid name");
     let connector = TlsConnector::from(Arc::new(client_config(me, *manager)));
-    let stream = within(connector.connect(name, ReadAhead::new(io)))
+    let stream = within(connector.connect(name, io))
         .await?
         .map_err(|error| handshake_error(error, *manager))?;
     check_protocol(stream.get_ref().1.alpn_protocol())?;

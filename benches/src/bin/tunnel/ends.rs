@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{Request, Response};
 use tokio::net::{TcpStream, UdpSocket};
-use tp_tunnel::carrier::{self, tls};
+use tp_tunnel::carrier::{self, ReadAhead, tls};
 use tp_tunnel::{
     BoxedStream, DialError, DialErrorKind, Host, Identity, Service, Target, Tunnel, relay, serve,
 };
@@ -186,7 +186,7 @@ async fn entry(
     let tcp = TcpStream::connect(wire).await?;
     carrier::tune(&tcp)?;
     let io: BoxedStream = match tls {
-        true => Box::new(tls::connect_tls(tcp, &identity, &pin.parse()?).await?),
+        true => Box::new(tls::connect_tls(ReadAhead::new(tcp), &identity, &pin.parse()?).await?),
         false => Box::new(tcp),
     };
     let (tunnel, driver) = Tunnel::establish(io).await?;

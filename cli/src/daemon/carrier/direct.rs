@@ -3,6 +3,7 @@
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::net::TcpStream;
+use tp_tunnel::carrier::ReadAhead;
 use tp_tunnel::{BoxedStream, KeyHash};
 
 use super::super::status::CarrierKind;
@@ -69,7 +70,7 @@ impl CarrierDialer for Direct {
             };
             let stream = TcpStream::connect(&place.name).await.map_err(failed)?;
             stream.set_nodelay(true).map_err(failed)?;
-            let stream: BoxedStream = Box::new(stream);
+            let stream: BoxedStream = Box::new(ReadAhead::new(stream));
             Ok(stream)
         }
         .boxed()
