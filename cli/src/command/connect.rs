@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use tokio_util::sync::CancellationToken;
-use tp_manager_api::MANAGER_NAMESPACE;
-use tp_tunnel::KeyHash;
 
 use super::child::{self, Signals};
-use crate::daemon::background::{self, Outcome};
-use crate::daemon::parameters::{Listen, Parameters, ProxyCredentials, Way};
+use super::manager_args::ManagerArgs;
+use crate::daemon::background::{self, Outcome, PASSWORD_VARIABLE};
+use crate::daemon::parameters::{Listen, Parameters, ProxyCredentials};
 use crate::daemon::running::{self, LogTo, Running, Started};
 use crate::daemon::status::ConnectionStatus;
 use crate::daemon::valid_name;
@@ -55,24 +54,9 @@ pub struct Args {
     /// Stay in the foreground until Ctrl-C
     #[arg(long)]
     pub foreground: bool,
-    /// Reach the manager at this address instead of through the API server
-    #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
-    pub via: Option<String>,
-    /// Key that a manager without Kubernetes lists (see `tp key new`)
-    #[arg(long, value_name = "FILE", requires_all = ["via", "manager_key"], value_parser = absolute)]
-    pub key: Option<PathBuf>,
-    /// Hash of that manager's own key
-    #[arg(long, value_name = "sha256:…", requires = "key")]
-    pub manager_key: Option<KeyHash>,
-    /// Needs no installed manager: runs one for this connection only, as a Job in the namespace, and reaches that one
-    #[arg(long, conflicts_with = "via")]
-    pub temporary: bool,
-    /// Image of the temporary manager [default: the one of this release]
-    #[arg(long, value_name = "IMAGE", requires = "temporary")]
-    pub image: Option<String>,
-    /// Namespace of the manager
-    #[arg(long, value_name = "NAMESPACE", default_value = MANAGER_NAMESPACE)]
-    pub manager_namespace: String,
+    /// Where the manager is.
+    #[command(flatten)]
+    pub manager: ManagerArgs,
     /// Let other machines use the proxy; needs --proxy-user and a password
     #[arg(long, requires = "proxy_user")]
     pub allow_lan: bool,
@@ -83,7 +67,7 @@ pub struct Args {
     #[arg(
         long,
         value_name = "PASSWORD",
-        env = "TP_PROXY_PASSWORD",
+        env = PASSWORD_VARIABLE,
         hide_env_values = true,
         requires = "proxy_user"
     )]
@@ -148,22 +132,9 @@ async fn with_command(
         .get_or_insert_with(|| format!("run-{}", std::process::id()));
     let open_files = child::open_files();
     let mut signals = Signals::watch()?;
-    let stop = CancellationToken::new();
-    let mut running = {
-        let starting = report::step("connecting", running::start(parameters, LogTo::File, &stop));
-        tokio::pin!(starting);
-        let started = tokio::select! {
-            started = &mut starting => started,
-            _ = signals.next() => {
-                stop.cancel();
-                starting.await
-            }
-        };
-        match started.map_err(before_command)? {
-            Started::Up(running) => running,
-            Started::Already(status) => return Err(before_command(taken(&status.name))),
-        }
-    };
+    let mut running = up_with(parameters, &mut signals)
+        .await
+        .map_err(before_command)?;
     warn(&running.status().await);
     let code = match child::start(command, running.variables(), open_files) {
         Ok(child) => attend(child, &mut running, &mut signals).await,
@@ -171,6 +142,28 @@ async fn with_command(
     };
     running.end().await;
     code
+}
+
+/// A connection of this process's own. A signal meanwhile gives it up.
+pub(super) async fn up_with(
+    parameters: Parameters,
+    signals: &mut Signals,
+) -> Result<Running, Failure> {
+    let stop = CancellationToken::new();
+    let starting = running::start(parameters, LogTo::File, &stop);
+    let starting = report::step("connecting", starting);
+    tokio::pin!(starting);
+    let started = tokio::select! {
+        started = &mut starting => started,
+        _ = signals.next() => {
+            stop.cancel();
+            starting.await
+        }
+    };
+    match started? {
+        Started::Up(running) => Ok(running),
+        Started::Already(status) => Err(taken(&status.name)),
+    }
 }
 
 /// Waits for the command. A connection that ends under it is said and is not its end.
@@ -202,7 +195,7 @@ pub(super) fn before_command(failure: Failure) -> Failure {
     }
 }
 
-pub(super) fn taken(name: &str) -> Failure {
+fn taken(name: &str) -> Failure {
     Failure::new(format!("there is a connection named {name} already"))
         .because("it would not end with the command")
         .hint("leave `--name` out, or give this one another name")
@@ -252,8 +245,8 @@ impl Args {
             name: self.name.clone(),
             selectors: self.selectors.clone(),
             namespace: self.namespace.clone(),
-            manager_namespace: self.manager_namespace.clone(),
-            way: self.way(),
+            manager_namespace: self.manager.manager_namespace.clone(),
+            way: self.manager.way(),
             listen,
             all: self.all,
             also_proxy: self.also_proxy.clone(),
@@ -261,26 +254,6 @@ impl Args {
             allow_lan: self.allow_lan,
             credentials,
         })
-    }
-
-    fn way(&self) -> Way {
-        match (&self.via, &self.key, self.manager_key) {
-            _ if self.temporary => Way::Temporary {
-                image: self
-                    .image
-                    .clone()
-                    .unwrap_or_else(|| crate::install::DEFAULT_IMAGE.to_owned()),
-            },
-            (Some(address), Some(key), Some(manager_key)) => Way::Standalone {
-                address: address.clone(),
-                key: key.clone(),
-                manager_key,
-            },
-            (Some(address), ..) => Way::Direct {
-                address: address.clone(),
-            },
-            (None, ..) => Way::PortForward,
-        }
     }
 
     fn credentials(&self) -> Result<Option<ProxyCredentials>, Failure> {
@@ -332,25 +305,12 @@ pub(super) fn rule(text: &str) -> Result<String, String> {
         .map_err(|error| error.to_string())
 }
 
-pub(super) fn host_port(text: &str) -> Result<String, String> {
-    let expected = || "expected HOST:PORT".to_owned();
-    let (host, port) = text.rsplit_once(':').ok_or_else(expected)?;
-    let unclosed = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
-    match port.parse::<u16>() {
-        Ok(1..) if !host.is_empty() && !unclosed => Ok(text.to_owned()),
-        Ok(_) | Err(_) => Err(expected()),
-    }
-}
-
-pub(super) fn absolute(text: &str) -> Result<PathBuf, std::io::Error> {
-    std::path::absolute(text)
-}
-
 #[cfg(test)]
 mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::daemon::parameters::Way;
 
     #[derive(Parser)]
     struct Line {
@@ -368,17 +328,17 @@ mod tests {
         let hash = format!("sha256:{}", "0".repeat(64));
         let standalone = format!("--via h:1 --key /k --manager-key {hash}");
 
-        assert_eq!(parse("").unwrap().way(), Way::PortForward);
+        assert_eq!(parse("").unwrap().manager.way(), Way::PortForward);
         assert!(matches!(
-            parse("--via h:1").unwrap().way(),
+            parse("--via h:1").unwrap().manager.way(),
             Way::Direct { .. }
         ));
         assert!(matches!(
-            parse(&standalone).unwrap().way(),
+            parse(&standalone).unwrap().manager.way(),
             Way::Standalone { .. }
         ));
         assert!(
-            matches!(parse("--temporary --image x").unwrap().way(), Way::Temporary { image } if image == "x")
+            matches!(parse("--temporary --image x").unwrap().manager.way(), Way::Temporary { image } if image == "x")
         );
     }
 

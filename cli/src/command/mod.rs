@@ -9,6 +9,7 @@ pub mod install;
 pub mod key;
 pub mod list_contexts;
 pub mod list_namespaces;
+mod manager_args;
 pub mod quit;
 #[cfg(target_os = "linux")]
 pub mod run;

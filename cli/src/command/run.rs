@@ -1,19 +1,15 @@
 //! `tp run`: one program sees the cluster.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::ValueEnum;
-use tokio_util::sync::CancellationToken;
-use tp_manager_api::MANAGER_NAMESPACE;
-use tp_tunnel::KeyHash;
 
 use super::child::{self, Signals};
-use super::connect::{absolute, before_command, connection_name, host_port, rule, taken};
-use crate::daemon::parameters::{Listen, Parameters, Way};
+use super::connect::{before_command, connection_name, rule, up_with};
+use super::manager_args::ManagerArgs;
+use crate::daemon::parameters::{Listen, Parameters};
 use crate::daemon::peers::{self, Peer};
-use crate::daemon::running::{self, LogTo, Running, Started};
 use crate::kubeconfig::Selectors;
 use crate::report::{self, Failure, OrFail, Output};
 use crate::run::device::Kind;
@@ -35,7 +31,7 @@ pub struct Args {
     #[arg(short, long, value_name = "NAMESPACE")]
     pub namespace: Option<String>,
     /// Use this connection [default: the only one, or one of its own]
-    #[arg(long, value_name = "NAME", value_parser = connection_name)]
+    #[arg(long, value_name = "NAME", value_parser = connection_name, conflicts_with_all = ["via", "temporary"])]
     pub name: Option<String>,
     /// How the program gets to the cluster
     #[arg(long, value_enum, default_value_t = Method::Auto)]
@@ -64,24 +60,9 @@ pub struct Args {
     /// What carries the program's packets [default: tun, or veth where /dev/net/tun is root's alone]
     #[arg(long, value_enum)]
     pub device: Option<Kind>,
-    /// Reach the manager at this address instead of through the API server
-    #[arg(long, value_name = "HOST:PORT", value_parser = host_port, conflicts_with = "name")]
-    pub via: Option<String>,
-    /// Key that a manager without Kubernetes lists (see `tp key new`)
-    #[arg(long, value_name = "FILE", requires_all = ["via", "manager_key"], value_parser = absolute)]
-    pub key: Option<PathBuf>,
-    /// Hash of that manager's own key
-    #[arg(long, value_name = "sha256:…", requires = "key")]
-    pub manager_key: Option<KeyHash>,
-    /// Run a manager for this program only, as a Job in the namespace
-    #[arg(long, conflicts_with_all = ["via", "name"])]
-    pub temporary: bool,
-    /// Image of the temporary manager [default: the one of this release]
-    #[arg(long, value_name = "IMAGE", requires = "temporary")]
-    pub image: Option<String>,
-    /// Namespace of the manager
-    #[arg(long, value_name = "NAMESPACE", default_value = MANAGER_NAMESPACE)]
-    pub manager_namespace: String,
+    /// Where the manager is.
+    #[command(flatten)]
+    pub manager: ManagerArgs,
     /// Which cluster, and as whom.
     #[command(flatten)]
     pub selectors: Selectors,
@@ -245,7 +226,7 @@ async fn by_variables(args: &Args) -> Result<ExitCode, Failure> {
         let mut child = child::start(&args.command, &variables, open_files)?;
         return wait(&mut child, &mut signals).await;
     }
-    let running = args.own(&mut signals).await?;
+    let running = up_with(args.parameters(), &mut signals).await?;
     let code = match child::start(&args.command, running.variables(), open_files) {
         Ok(mut child) => wait(&mut child, &mut signals).await,
         Err(failure) => Err(failure),
@@ -283,7 +264,7 @@ impl Args {
 
     /// The connection to use, unless one is to be made.
     fn peer(&self) -> Result<Option<Peer>, Failure> {
-        let own = self.via.is_some() || self.temporary || self.selectors != Selectors::default();
+        let own = self.manager.is_given() || self.selectors != Selectors::default();
         match (&self.name, peers::all().len()) {
             (Some(name), _) => peers::one(Some(name)).map(Some),
             (None, 0) => Ok(None),
@@ -295,26 +276,7 @@ impl Args {
     async fn link(&self, signals: &mut Signals) -> Result<Link, Failure> {
         match self.peer()? {
             Some(peer) => Link::lent(&peer).await,
-            None => self.own(signals).await.map(Link::Own),
-        }
-    }
-
-    /// A connection that ends with this process. A signal meanwhile gives it up.
-    async fn own(&self, signals: &mut Signals) -> Result<Running, Failure> {
-        let stop = CancellationToken::new();
-        let starting = running::start(self.parameters(), LogTo::File, &stop);
-        let starting = report::step("connecting", starting);
-        tokio::pin!(starting);
-        let started = tokio::select! {
-            started = &mut starting => started,
-            _ = signals.next() => {
-                stop.cancel();
-                starting.await
-            }
-        };
-        match started? {
-            Started::Up(running) => Ok(running),
-            Started::Already(status) => Err(taken(&status.name)),
+            None => up_with(self.parameters(), signals).await.map(Link::Own),
         }
     }
 
@@ -324,32 +286,14 @@ impl Args {
             name: Some(format!("run-{}", std::process::id())),
             selectors: self.selectors.clone(),
             namespace: self.namespace.clone(),
-            manager_namespace: self.manager_namespace.clone(),
-            way: self.way(),
+            manager_namespace: self.manager.manager_namespace.clone(),
+            way: self.manager.way(),
             listen: Listen::Loopback(0),
             all: self.all,
             also_proxy: self.also_proxy.clone(),
             never_proxy: self.never_proxy.clone(),
             allow_lan: false,
             credentials: None,
-        }
-    }
-
-    fn way(&self) -> Way {
-        let image = || crate::install::DEFAULT_IMAGE.to_owned();
-        match (&self.via, &self.key, self.manager_key) {
-            _ if self.temporary => Way::Temporary {
-                image: self.image.clone().unwrap_or_else(image),
-            },
-            (Some(address), Some(key), Some(manager_key)) => Way::Standalone {
-                address: address.clone(),
-                key: key.clone(),
-                manager_key,
-            },
-            (Some(address), ..) => Way::Direct {
-                address: address.clone(),
-            },
-            (None, ..) => Way::PortForward,
         }
     }
 

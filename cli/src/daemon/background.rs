@@ -26,6 +26,9 @@ use crate::report::{Failure, OrFail};
 /// Name of the hidden command that is a daemon.
 pub const COMMAND: &str = "daemon";
 
+/// Where `tp connect` may find the proxy's password.
+pub const PASSWORD_VARIABLE: &str = "TP_PROXY_PASSWORD";
+
 /// What the daemon tells the command.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "outcome", content = "value", rename_all = "snake_case")]
@@ -68,8 +71,8 @@ pub async fn spawn(parameters: &Parameters) -> Result<Outcome, Failure> {
 fn start_process(theirs: StdUnixStream) -> io::Result<()> {
     let mut command = Command::new(own_program()?);
     command.arg0("tp").arg(COMMAND);
-    // With huge pages an idle daemon holds 16 MiB of memory, of which it uses 2.
-    command.env("MIMALLOC_ALLOW_THP", "0");
+    // It is among the parameters; a daemon's environment can be read for as long as it lives, and plugins inherit it.
+    command.env_remove(PASSWORD_VARIABLE);
     command
         .stdin(Stdio::inherit())
         .stderr(Stdio::inherit())
