@@ -329,7 +329,7 @@ fn ranges_that_the_laptop_uses_itself_are_said_with_the_flag_that_helps() {
         said.contains("10.96.7.0/24") && said.contains("overlap0"),
         "{said}"
     );
-    assert!(said.contains("--never-proxy"), "{said}");
+    assert!(said.contains("--also-proxy 10.96.7.0/24"), "{said}");
 }
 
 #[test]

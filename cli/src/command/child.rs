@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use crate::huge_pages;
 use crate::report::{Failure, OrFail};
 
 /// A program that was not found, and one that cannot be executed.
@@ -80,11 +81,12 @@ pub(super) fn start(
     open_files: Rlimit,
 ) -> Result<Child, Failure> {
     let (program, arguments) = command.split_first().expect("clap demands a program");
-    let child = Command::new(program)
+    let mut command = Command::new(program);
+    command
         .args(arguments)
-        .envs(variables.iter().map(|(name, value)| (name, value)))
-        .spawn()
-        .map_err(|error| not_started(program, &error))?;
+        .envs(variables.iter().map(|(name, value)| (name, value)));
+    let child = huge_pages::allowed(|| command.spawn());
+    let child = child.map_err(|error| not_started(program, &error))?;
     if let Some(pid) = pid(&child) {
         let _ = prlimit(Some(pid), Resource::Nofile, open_files);
     }

@@ -18,6 +18,7 @@ pub mod overlap;
 pub mod parameters;
 pub mod peers;
 pub mod running;
+pub mod screen;
 pub mod services;
 pub mod session;
 pub mod status;

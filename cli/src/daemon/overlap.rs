@@ -1,7 +1,8 @@
 //! Where the cluster's ranges and names collide with the workstation's own.
 //!
-//! What collides goes to the cluster unless the user says otherwise, so it is said, with the flag that says otherwise.
-//! Reads the kernel's route tables and `/etc/hosts`; changes nothing.
+//! The narrower range wins, as in the kernel's own routing, and a network that this machine is on is never the
+//! cluster's. What then goes to the cluster is said here, with the flag that says otherwise; what stays, by
+//! [`super::screen`]. Reads the kernel's route tables and `/etc/hosts`; changes nothing.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -19,18 +20,27 @@ pub struct Workstation {
     names: BTreeSet<String>,
 }
 
+/// A network that the kernel has a route to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Route {
-    range: IpNet,
-    device: String,
+pub struct Route {
+    /// Its addresses.
+    pub range: IpNet,
+    /// Where packets to it leave.
+    pub device: String,
+    /// Whether this machine is on that network, and not only led to it by a gateway or a tunnel.
+    attached: bool,
 }
 
 impl Workstation {
     /// What the kernel and `/etc/hosts` say now. What cannot be read counts as empty.
     pub fn read() -> Self {
-        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let mut routes = routes_v4(&read("/proc/net/route"));
         routes.extend(routes_v6(&read("/proc/net/ipv6_route")));
+        for route in &mut routes {
+            let flags = read(&format!("/sys/class/net/{}/flags", route.device));
+            route.attached &= !is_point_to_point(&flags);
+        }
         let mut names = hosts_names(&read("/etc/hosts"));
         names.extend(
             read("/proc/sys/kernel/hostname")
@@ -38,6 +48,14 @@ impl Workstation {
                 .map(str::to_lowercase),
         );
         Self { routes, names }
+    }
+
+    /// Networks of which nothing goes to a cluster that claims `range`: those that lie within it, and those that this
+    /// machine is on.
+    pub fn keeps(&self, range: IpNet) -> impl Iterator<Item = &Route> {
+        self.routes.iter().filter(move |route| {
+            range.contains(&route.range) || (route.attached && route.range.contains(&range))
+        })
     }
 
     /// Names of its hosts file, in lower case.
@@ -74,6 +92,16 @@ impl Workstation {
     }
 }
 
+/// `/sys/class/net/<device>/flags`: IFF_POINTOPOINT of netdevice(7), in hexadecimal. True of tunnels, whose routes lead
+/// through them and not to their own network.
+fn is_point_to_point(flags: &str) -> bool {
+    let flags = flags.trim().trim_start_matches("0x");
+    u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & 0x10 != 0)
+}
+
+/// RTF_GATEWAY of route(8): there is a router between.
+const GATEWAY: u32 = 0x2;
+
 fn is_clusters(split: &Split, name: &str) -> bool {
     name.parse()
         .is_ok_and(|host: Host| split.route(&host) == Decision::Cluster)
@@ -101,7 +129,9 @@ fn routes_v4(table: &str) -> Vec<Route> {
         let prefix = Ipv4Addr::from(word(7)?.to_ne_bytes())
             .to_bits()
             .leading_ones();
-        route(fields.first()?, address.into(), u8::try_from(prefix).ok()?)
+        let attached = word(3)? & GATEWAY == 0;
+        let prefix = u8::try_from(prefix).ok()?;
+        route(fields.first()?, address.into(), prefix, attached)
     };
     table.lines().skip(1).filter_map(parse).collect()
 }
@@ -113,13 +143,14 @@ fn routes_v6(table: &str) -> Vec<Route> {
         let digits = fields.first().filter(|digits| digits.len() == 32)?;
         let address = Ipv6Addr::from(u128::from_str_radix(digits, 16).ok()?);
         let prefix = u8::from_str_radix(fields.get(1)?, 16).ok()?;
-        route(fields.get(9)?, address.into(), prefix)
+        let flags = u32::from_str_radix(fields.get(8)?, 16).ok()?;
+        route(fields.get(9)?, address.into(), prefix, flags & GATEWAY == 0)
     };
     table.lines().filter_map(parse).collect()
 }
 
 /// Default routes, loopback, link-local and multicast collide with nothing that a cluster owns.
-fn route(device: &str, address: IpAddr, prefix: u8) -> Option<Route> {
+fn route(device: &str, address: IpAddr, prefix: u8, attached: bool) -> Option<Route> {
     let special = match address {
         IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_multicast(),
         IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local() || ip.is_multicast(),
@@ -131,6 +162,7 @@ fn route(device: &str, address: IpAddr, prefix: u8) -> Option<Route> {
     Some(Route {
         range,
         device: device.to_owned(),
+        attached,
     })
 }
 
@@ -157,7 +189,7 @@ mod tests {
     const ROUTES: &str = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n\
         eth0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\
         eth0\t0002A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n\
-        tun0\t0000600A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n";
+        tun0\t0000000A\t0102A8C0\t0003\t0\t0\t0\t000000FF\t0\t0\t0\n";
 
     fn view() -> ClusterView {
         ClusterView {
@@ -166,6 +198,21 @@ mod tests {
             pod_ranges: vec!["10.244.0.0/16".parse().unwrap()],
             services: [("shop".to_owned(), vec!["db".to_owned()])].into(),
             ..ClusterView::default()
+        }
+    }
+
+    impl Workstation {
+        /// With these routes: range, device, and whether it is attached.
+        pub(in crate::daemon) fn on(routes: &[(&str, &str, bool)]) -> Self {
+            let route = |(range, device, attached): &(&str, &str, bool)| Route {
+                range: range.parse().unwrap(),
+                device: (*device).to_owned(),
+                attached: *attached,
+            };
+            Self {
+                routes: routes.iter().map(route).collect(),
+                names: BTreeSet::new(),
+            }
         }
     }
 
@@ -178,18 +225,18 @@ mod tests {
 
     #[test]
     #[cfg(target_endian = "little")]
-    fn a_vpns_route_inside_the_service_range_is_named_with_its_cure() {
+    fn a_vpns_wider_route_is_named_with_its_cure() {
         let split = Split::new(view(), UserRules::default());
 
         let lines = workstation(ROUTES, "").overlaps(&view(), &split);
 
-        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert_eq!(lines.len(), 2, "{lines:?}");
         assert!(
-            lines[0].contains("10.96.0.0/12 overlaps 10.96.0.0/16 on tun0"),
+            lines[1].contains("10.96.0.0/12 overlaps 10.0.0.0/8 on tun0"),
             "{lines:?}"
         );
         assert!(
-            lines[0].ends_with("`--never-proxy 10.96.0.0/16`"),
+            lines[1].ends_with("`--never-proxy 10.96.0.0/12`"),
             "{lines:?}"
         );
     }
@@ -198,7 +245,7 @@ mod tests {
     #[cfg(target_endian = "little")]
     fn the_flag_silences_the_warning() {
         let rules = UserRules {
-            never_proxy: vec!["10.96.0.0/16".parse().unwrap()],
+            never_proxy: vec!["10.0.0.0/8".parse().unwrap()],
             ..UserRules::default()
         };
         let split = Split::new(view(), rules);
@@ -218,6 +265,19 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_endian = "little")]
+    fn networks_behind_a_gateway_or_a_tunnel_are_not_the_machines_own() {
+        let attached: Vec<bool> = routes_v4(ROUTES)
+            .iter()
+            .map(|route| route.attached)
+            .collect();
+
+        assert_eq!(attached, [true, false]);
+        assert!(is_point_to_point("0x1091\n"));
+        assert!(!is_point_to_point("0x1003\n") && !is_point_to_point(""));
+    }
+
+    #[test]
     fn ipv6_routes_are_read() {
         let table = "fd100000000000000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000001 00000000 00000001     eth0\n\
             fe800000000000000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000001 00000000 00000001     eth0\n\
@@ -226,6 +286,7 @@ mod tests {
         let expected = Route {
             range: "fd10::/64".parse().unwrap(),
             device: "eth0".into(),
+            attached: true,
         };
         assert_eq!(routes_v6(table), [expected]);
     }

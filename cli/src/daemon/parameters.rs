@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tp_tunnel::KeyHash;
 
+use super::screen::Source;
 use crate::kubeconfig::{Secret, Selectors};
 
 /// Everything `tp connect` can be told.
@@ -62,6 +63,16 @@ pub enum Way {
         /// Image of the manager.
         image: String,
     },
+}
+
+impl Way {
+    /// Whose word is taken for what goes there.
+    pub fn source(&self) -> Source {
+        match self {
+            Self::Standalone { .. } => Source::Pinned,
+            Self::PortForward | Self::Direct { .. } | Self::Temporary { .. } => Source::Cluster,
+        }
+    }
 }
 
 /// User name and password of the proxy.

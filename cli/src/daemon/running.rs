@@ -25,10 +25,12 @@ use super::connection::Phase;
 use super::control::{self, Reply, Request};
 use super::folder::{self, Claim, NotClaimed};
 use super::parameters::{Parameters, Way};
+use super::screen::Screen;
 use super::services::{self, Known};
 use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
 use super::supervisor::{Facts, Supervisor, one_line};
 use super::{environment, listen, log, peers};
+use crate::huge_pages;
 use crate::proxy::{self, Counters, split::Split, split::UserRules};
 use crate::report::{Failure, OrFail};
 
@@ -119,6 +121,7 @@ pub async fn start(
         LogTo::Stderr => log::to_stderr(),
     }
     raise_descriptor_limit();
+    huge_pages::refuse();
     let started = assemble(&parameters, rules, &mut access, &claim, digest, stop).await;
     match started {
         Ok(parts) => Ok(Started::Up(parts.into_running(claim, access))),
@@ -225,6 +228,7 @@ async fn assemble(
         admission: access.admission().clone(),
         namespace: access.login().map(|_| access.namespace().to_owned()),
         services: services_rx,
+        screen: Screen::new(parameters.way.source(), rules.clone()),
         rules,
         tunnel_tx,
         split_tx,

@@ -25,6 +25,7 @@ use super::access::Admission;
 use super::carrier::{CarrierDialer, Place};
 use super::connection::{Connection, Output, Phase, Severity};
 use super::overlap::Workstation;
+use super::screen::{Screen, Screened};
 use super::services::Known;
 use super::status::{CarrierKind, Cut};
 use super::unmet::Unmet;
@@ -63,7 +64,7 @@ pub struct Facts {
     pub error: Option<Failure>,
     /// Payload bytes up and down on carriers that are gone.
     pub carried: Carried,
-    /// Collisions with the workstation's own addresses and names.
+    /// Collisions with the workstation's own addresses and names, and what of the view is not followed.
     pub overlaps: Vec<String>,
 }
 
@@ -105,6 +106,8 @@ pub struct Supervisor {
     pub services: Option<watch::Receiver<Known>>,
     /// What the user wants to go where.
     pub rules: UserRules,
+    /// How much of the manager's view is followed.
+    pub screen: Screen,
     /// To the proxy: the tunnel, while there is one.
     pub tunnel_tx: watch::Sender<Option<Tunnel>>,
     /// To the proxy: what goes where.
@@ -430,12 +433,14 @@ impl Supervisor {
             view.services.insert(view.namespace.clone(), names);
         }
         let workstation = Workstation::read();
+        let Screened { view, notes } = self.screen.pass(view, &workstation);
         let split = Split::new(view.clone(), self.rules.clone());
         let split = match anybodys_guess {
             true => split.with_any_label_but(workstation.names().clone()),
             false => split,
         };
-        let overlaps = workstation.overlaps(&view, &split);
+        let mut overlaps = workstation.overlaps(&view, &split);
+        overlaps.extend(notes);
         self.split_tx.send_replace(Arc::new(split));
         self.facts_tx.send_modify(|facts| {
             facts.manager = Some(view.manager);

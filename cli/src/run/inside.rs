@@ -19,6 +19,7 @@ use super::device::{self, Kind};
 use super::netlink::{Link, Netlink};
 use super::plan::{Go, Made, NotStarted, Outcome, Plan, Refused};
 use super::{files, guard, passing, sys};
+use crate::huge_pages;
 use crate::report::BEFORE_COMMAND;
 
 /// Name of the hidden command. Its arguments are the descriptors of two sockets, then the program's.
@@ -73,7 +74,7 @@ fn become_program(
     let Some((name, arguments)) = program.split_first() else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    let error = Command::new(name).args(arguments).exec();
+    let error = huge_pages::allowed(|| Command::new(name).args(arguments).exec());
     let number = error.raw_os_error().unwrap_or(libc::ENOEXEC);
     passing::send(control, &NotStarted(number), &[])?;
     Err(error)

@@ -11,9 +11,10 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::AbortHandle;
 use tp_tunnel::carrier::tls::accept_tls;
-use tp_tunnel::{BoxedStream, DialError, DialErrorKind, KeyHash, Service, Target};
+use tp_tunnel::{BoxedStream, DialError, DialErrorKind, Dialed, KeyHash, Service, Target};
 
 use super::*;
+use crate::daemon::screen::Source;
 use crate::proxy::split::Route;
 
 fn place(name: &str) -> Place {
@@ -189,11 +190,11 @@ impl CarrierDialer for InMemory {
 struct Manager(String);
 
 impl Service for Manager {
-    fn dial(&self, _: Target) -> BoxFuture<'_, Result<TcpStream, DialError>> {
+    fn dial(&self, _: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
         async { Err(nowhere()) }.boxed()
     }
 
-    fn associate(&self, _: Target) -> BoxFuture<'_, Result<UdpSocket, DialError>> {
+    fn associate(&self, _: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>> {
         async { Err(nowhere()) }.boxed()
     }
 
@@ -268,6 +269,7 @@ fn supervise_in(
         namespace: namespace.map(str::to_owned),
         services,
         rules: UserRules::default(),
+        screen: Screen::new(Source::Cluster, UserRules::default()),
         tunnel_tx,
         split_tx,
         facts_tx,
