@@ -123,7 +123,7 @@ struct Shared {
 
 impl Shared {
     async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
-        if let Err(error) = tune(&stream) {
+        if let Err(error) = tp_tunnel::carrier::tune(&stream) {
             tracing::debug!(%peer, %error, "cannot set socket options");
         }
         let (place, pushed_out) = self.strangers.enter();
@@ -194,13 +194,6 @@ async fn turn_away(mut stream: ServerTls<TcpStream>) {
     };
     // The peer may be gone, or may not listen: then there is nobody to tell.
     let _ = tokio::time::timeout(patience, farewell).await;
-}
-
-/// Small messages leave at once, and the kernel holds no more unsent than a scheduler's turn: what waits in it cannot
-/// be overtaken by another flow.
-fn tune(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    socket2::SockRef::from(stream).set_tcp_notsent_lowat(128 * 1024)
 }
 
 async fn stopped(mut stop: watch::Receiver<bool>) {

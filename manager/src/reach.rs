@@ -2,9 +2,9 @@
 //!
 //! An address belongs to a namespace or to none; the former asks for the right to that namespace, the latter for the
 //! right to leave the cluster. Rights that were used are asked for again while the session is connected: when one is
-//! gone the connection is cut, since flows that stood on it are somewhere among the others.
+//! gone the flows that stood on it are cut, and the connection when it is the right that the session itself stands on.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,13 +17,14 @@ use k8s_openapi::api::authorization::v1::{
 };
 use kube::api::PostParams;
 use kube::{Api, Client};
+use tokio_util::sync::CancellationToken;
 use tp_manager_api::cluster_view::ManagerInfo;
 use tp_manager_api::{ClusterView, GROUP, PROTOCOL};
 
 use crate::cluster::{Cluster, in_short};
 use crate::dial::refuse::Surroundings;
 use crate::dial::rights::{Reviewer, Right, Rights, Unavailable, User};
-use crate::dial::{Destination, Reach};
+use crate::dial::{Destination, Permit, Reach};
 use crate::service::{Views, with_version};
 use crate::sessions::LiveSession;
 
@@ -61,60 +62,67 @@ impl Surroundings for Town {
 pub struct SessionReach {
     town: Arc<Town>,
     session: Arc<LiveSession>,
-    used: Mutex<BTreeSet<Right>>,
+    /// Rights that flows stand on besides the session's own, and what cuts those flows.
+    used: Mutex<BTreeMap<Right, CancellationToken>>,
 }
 
 impl SessionReach {
     /// For one connection of `session`.
     pub fn new(town: Arc<Town>, session: Arc<LiveSession>) -> Self {
-        let own = Right::Namespace(Arc::clone(&session.namespace));
         Self {
             town,
             session,
-            used: Mutex::new(BTreeSet::from([own])),
+            used: Mutex::default(),
         }
     }
 
     /// Whether the user still has the right that the Session itself stood on when it was created. Asked anew: the API
     /// server has just granted it, and a refusal that is remembered may be older than the grant.
     pub async fn check_session(&self) -> Result<(), String> {
-        let right = Right::Namespace(Arc::clone(&self.session.namespace));
-        let user = &self.session.user;
-        let _ = self
-            .town
-            .rights
-            .allows_within(user, &right, Duration::ZERO)
-            .await;
-        self.require(right).await
+        let (user, right) = (&self.session.user, self.own_right());
+        let rights = &self.town.rights;
+        let _ = rights.allows_within(user, &right, Duration::ZERO).await;
+        self.require(right).await.map(drop)
     }
 
-    /// Resolves with the reason when a right that this connection used is gone, at most a minute after that.
+    /// Cuts the flows whose right is gone, at most a minute after that. Resolves with the reason when the session's own
+    /// right is.
     pub async fn revoked(&self) -> String {
         loop {
             tokio::time::sleep(RECHECK).await;
-            let used = self.used().clone();
+            if self.is_gone(&self.own_right()).await {
+                return self.refusal(&self.own_right());
+            }
+            let used: Vec<Right> = self.used().keys().cloned().collect();
             for right in used {
-                let still = self
-                    .town
-                    .rights
-                    .allows_within(&self.session.user, &right, RECHECK / 2)
-                    .await;
-                if matches!(still, Ok(false)) {
-                    return self.refusal(&right);
+                if self.is_gone(&right).await
+                    && let Some(flows) = self.used().remove(&right)
+                {
+                    tracing::info!(session = %self.session.name, "{}: its flows are cut", self.refusal(&right));
+                    flows.cancel();
                 }
             }
         }
     }
 
-    async fn require(&self, right: Right) -> Result<(), String> {
+    async fn is_gone(&self, right: &Right) -> bool {
+        let (user, rights) = (&self.session.user, &self.town.rights);
+        let still = rights.allows_within(user, right, RECHECK / 2).await;
+        matches!(still, Ok(false))
+    }
+
+    fn own_right(&self) -> Right {
+        Right::Namespace(Arc::clone(&self.session.namespace))
+    }
+
+    async fn require(&self, right: Right) -> Result<Permit, String> {
+        let own = right == self.own_right();
         match self.town.rights.allows(&self.session.user, &right).await {
-            Ok(true) => {
-                self.used().insert(right);
-                Ok(())
-            }
+            Ok(true) if own => Ok(None),
+            Ok(true) => Ok(Some(self.used().entry(right).or_default().clone())),
             Ok(false) => Err(self.refusal(&right)),
             // The API server checked it when it took the Session.
-            Err(_) if right == Right::Namespace(Arc::clone(&self.session.namespace)) => Ok(()),
+            Err(_) if own => Ok(None),
             Err(error) => Err(format!("{}: {error}", self.refusal(&right))),
         }
     }
@@ -123,7 +131,7 @@ impl SessionReach {
         format!("user {:?} may not {right}", self.session.user.name)
     }
 
-    fn used(&self) -> std::sync::MutexGuard<'_, BTreeSet<Right>> {
+    fn used(&self) -> std::sync::MutexGuard<'_, BTreeMap<Right, CancellationToken>> {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -170,7 +178,7 @@ impl Reach for SessionReach {
         Some(&self.session.namespace)
     }
 
-    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<(), String>> {
+    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<Permit, String>> {
         Box::pin(async move {
             let right = self.needs(destination).await;
             self.require(right)
@@ -448,6 +456,14 @@ mod tests {
     }
 
     async fn permit(reach: &SessionReach, name: Option<&str>, address: &str) -> Result<(), String> {
+        permitted(reach, name, address).await.map(drop)
+    }
+
+    async fn permitted(
+        reach: &SessionReach,
+        name: Option<&str>,
+        address: &str,
+    ) -> Result<Permit, String> {
         let destination = Destination {
             name: name.map(str::to_owned),
             address: address.parse().unwrap(),
@@ -511,28 +527,37 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_right_taken_back_ends_the_connection_that_used_it_within_a_minute() {
+    async fn a_right_taken_back_cuts_its_flows_within_a_minute_and_the_sessions_own_cuts_all() {
         let grants = Grants::default();
-        grants.set("ada", &of("shop"), true);
-        grants.set("ada", &of("bank"), true);
-        let town = town(&grants);
-        let live = session("ada", "shop").await;
-        let used = SessionReach::new(Arc::clone(&town), Arc::clone(&live));
-        let unused = SessionReach::new(town, live);
-        permit(&used, None, "10.96.0.2").await.unwrap();
+        for namespace in ["shop", "bank"] {
+            grants.set("ada", &of(namespace), true);
+        }
+        let reach = SessionReach::new(town(&grants), session("ada", "shop").await);
+        let minute = Duration::from_secs(60);
+        let own = permitted(&reach, None, "10.96.0.1").await.unwrap();
+        let other = permitted(&reach, None, "10.96.0.2").await.unwrap();
+        let other = other.expect("a right besides the session's own can be withdrawn alone");
+        assert!(own.is_none());
 
         grants.set("ada", &of("bank"), false);
+        let cut = tokio::time::timeout(minute, async {
+            tokio::select! {
+                reason = reach.revoked() => panic!("the connection is cut: {reason}"),
+                () = other.cancelled() => {}
+            }
+        });
+        cut.await.unwrap();
+        assert!(permit(&reach, None, "10.96.0.2").await.is_err());
+        assert!(permit(&reach, None, "10.96.0.1").await.is_ok());
 
-        let minute = Duration::from_secs(60);
-        let reason = tokio::time::timeout(minute, used.revoked()).await.unwrap();
-        assert!(reason.ends_with("in namespace bank"), "{reason}");
-        assert!(
-            tokio::time::timeout(minute, unused.revoked())
-                .await
-                .is_err()
-        );
+        tokio::time::advance(Rights::KEPT).await;
+        grants.set("ada", &of("bank"), true);
+        let again = permitted(&reach, None, "10.96.0.2").await.unwrap();
+        assert!(again.is_some_and(|permit| !permit.is_cancelled()));
+
         grants.set("ada", &of("shop"), false);
-        assert!(tokio::time::timeout(minute, unused.revoked()).await.is_ok());
+        let reason = tokio::time::timeout(minute, reach.revoked()).await.unwrap();
+        assert!(reason.ends_with("in namespace shop"), "{reason}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -12,7 +12,7 @@ use tp_manager_api::cluster_view::Health;
 use tp_manager_api::{CLUSTER_PATH, ClusterView, HEALTH_PATH};
 use tp_tunnel::Target;
 use tp_tunnel::proxy_status::DialError;
-use tp_tunnel::server::Service;
+use tp_tunnel::server::{Dialed, Service};
 
 use crate::dial::{Dialer, Reach};
 
@@ -38,11 +38,11 @@ pub struct SessionService<R, V> {
 }
 
 impl<R: Reach, V: Views> Service for SessionService<R, V> {
-    fn dial(&self, target: Target) -> BoxFuture<'_, Result<TcpStream, DialError>> {
+    fn dial(&self, target: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
         Box::pin(async move { self.dialer.connect(&target, &*self.reach).await })
     }
 
-    fn associate(&self, target: Target) -> BoxFuture<'_, Result<UdpSocket, DialError>> {
+    fn associate(&self, target: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>> {
         Box::pin(async move { self.dialer.associate(&target, &*self.reach).await })
     }
 

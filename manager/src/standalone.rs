@@ -21,7 +21,7 @@ use tp_tunnel::{Identity, KeyHash};
 use crate::dial::refuse::Surroundings;
 use crate::dial::resolv_conf::ResolvConf;
 use crate::dial::resolve::Resolver;
-use crate::dial::{Destination, Dialer, Reach};
+use crate::dial::{Destination, Dialer, Permit, Reach};
 use crate::listen::{self, Admitted, Gate, Listener};
 use crate::metrics::Metrics;
 use crate::service::{SessionService, Views, with_version};
@@ -270,9 +270,9 @@ impl Reach for Network {
         None
     }
 
-    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<(), String>> {
+    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<Permit, String>> {
         let permit = match self.reaches(destination) {
-            true => Ok(()),
+            true => Ok(None),
             false => Err(format!(
                 "{} is in no --range and under no --suffix of this manager, which runs without --egress",
                 destination

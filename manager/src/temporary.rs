@@ -21,7 +21,7 @@ use tp_tunnel::{Identity, KeyHash};
 use crate::dial::refuse::Surroundings;
 use crate::dial::resolv_conf::ResolvConf;
 use crate::dial::resolve::Resolver;
-use crate::dial::{Destination, Dialer, Reach};
+use crate::dial::{Destination, Dialer, Permit, Reach};
 use crate::listen::{self, Admitted, Gate, Listener};
 use crate::metrics::Metrics;
 use crate::service::{SessionService, Views, with_version};
@@ -241,14 +241,14 @@ impl Reach for NamespaceReach {
         Some(&self.namespace)
     }
 
-    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<(), String>> {
+    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<Permit, String>> {
         let named = destination
             .name
             .as_deref()
             .is_some_and(|name| self.is_own(name));
         let heard = || self.heard.borrow().contains(&destination.address);
         let permit = match named || heard() {
-            true => Ok(()),
+            true => Ok(None),
             false => Err(format!(
                 "{} is not in namespace {}, the reach of this temporary manager",
                 destination

@@ -22,11 +22,11 @@ pub use client::{Driver, Traffic, Tunnel};
 pub use error::{FlowError, OpenError, TunnelError};
 pub use identity::{Identity, IdentityError, KeyHash, ParseKeyHashError};
 pub use proxy_status::{DialError, DialErrorKind};
-pub use server::{Service, serve, serve_with};
+pub use server::{Dialed, Service, serve, serve_with};
 pub use settings::Settings;
 pub use streams::{
     DatagramFlow, DatagramReceiver, DatagramSender, Ended, Flow, FlowReader, FlowReceiver,
     FlowSender, FlowWriter, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Relayed, Workstation,
-    join, relay,
+    join, relay, set_up_flow_socket,
 };
 pub use target::{Host, ParseTargetError, Target};

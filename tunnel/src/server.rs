@@ -17,6 +17,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use crate::carrier::ByteStream;
 use crate::client::DNS_MESSAGE;
@@ -33,10 +34,10 @@ use crate::target::Target;
 /// What a connection may reach. One value per connection, so it knows whose it is.
 pub trait Service: Send + Sync + 'static {
     /// Dials a TCP destination. Dropping the future must cancel the dial: the peer gave up.
-    fn dial(&self, target: Target) -> BoxFuture<'_, Result<TcpStream, DialError>>;
+    fn dial(&self, target: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>>;
 
     /// A UDP socket connected to the destination.
-    fn associate(&self, target: Target) -> BoxFuture<'_, Result<UdpSocket, DialError>>;
+    fn associate(&self, target: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>>;
 
     /// Answers a DNS message, both in wire format.
     fn resolve(&self, query: Bytes) -> BoxFuture<'_, Bytes>;
@@ -48,6 +49,24 @@ pub trait Service: Send + Sync + 'static {
     /// posted streams wait until the connection ends.
     fn connected(&self, workstation: Workstation) {
         drop(workstation);
+    }
+}
+
+/// A socket connected to a destination, and what ends the right to it.
+#[derive(Debug)]
+pub struct Dialed<S> {
+    /// The socket.
+    pub socket: S,
+    /// When it is cancelled the flow is reset; without one, it may last as long as its connection.
+    pub revoked: Option<CancellationToken>,
+}
+
+impl<S> From<S> for Dialed<S> {
+    fn from(socket: S) -> Self {
+        Self {
+            socket,
+            revoked: None,
+        }
     }
 }
 
@@ -198,10 +217,11 @@ impl Handler {
         };
         // The request's body stays untouched meanwhile: what the client sends early waits in the stream's window.
         match unless_cancelled(respond, self.service.dial(target)).await? {
-            Ok(tcp) => {
+            Ok(dialed) => {
                 drop(self.waiting);
                 let stream = respond.send_response(Response::new(()), false)?;
-                relay(Flow::new(stream, request.into_body(), self.link), tcp).await;
+                let flow = Flow::new(stream, request.into_body(), self.link);
+                unless_revoked(dialed.revoked, relay(flow, dialed.socket)).await;
                 Ok(())
             }
             Err(error) => fail(respond, &error),
@@ -217,7 +237,7 @@ impl Handler {
             return refuse(respond, StatusCode::BAD_REQUEST);
         };
         match unless_cancelled(respond, self.service.associate(target)).await? {
-            Ok(socket) => {
+            Ok(dialed) => {
                 drop(self.waiting);
                 let mut response = Response::new(());
                 response
@@ -226,7 +246,8 @@ impl Handler {
                 let stream = respond.send_response(response, false)?;
                 let idle = self.link.settings.datagram_idle;
                 let flow = DatagramFlow::new(stream, request.into_body(), self.link);
-                datagram::relay_datagrams(flow, socket, idle).await;
+                let relay = datagram::relay_datagrams(flow, dialed.socket, idle);
+                unless_revoked(dialed.revoked, relay).await;
                 Ok(())
             }
             Err(error) => fail(respond, &error),
@@ -303,6 +324,14 @@ async fn unless_cancelled<T>(
     tokio::select! {
         done = work => Ok(done),
         reason = poll_fn(|cx| respond.poll_reset(cx)) => Err(reason.map_or_else(|error| error, h2::Error::from)),
+    }
+}
+
+/// Relays reset both sides when they are dropped.
+async fn unless_revoked<T>(revoked: Option<CancellationToken>, relay: impl Future<Output = T>) {
+    match revoked {
+        Some(revoked) => drop(revoked.run_until_cancelled_owned(relay).await),
+        None => drop(relay.await),
     }
 }
 

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use common::{
     connection, connection_with, ends, eventually, listener, pattern, read_all, send_and_finish,
-    soon, target, through,
+    soon, stalled_flow, target, through,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::net::TcpListener;
-use tp_tunnel::{DialErrorKind, OpenError, Settings, Tunnel, TunnelError};
+use tp_tunnel::{DialErrorKind, Host, OpenError, Settings, Target, Tunnel, TunnelError};
 
 #[tokio::test]
 async fn bytes_arrive_unchanged_both_ways() {
@@ -319,16 +319,33 @@ async fn unread_tiny_frames_on_many_flows_are_harmless() {
 }
 
 #[tokio::test]
+async fn a_withdrawn_permission_resets_the_flows_that_stood_on_it_and_no_others() {
+    let connection = connection().await;
+    let (mut app, mut server) = ends(&connection.tunnel).await;
+    let (serves, address) = listener().await;
+    let own = Target::new(Host::Name("localhost".to_owned()), address.port());
+    let mut other = through(&connection.tunnel, own).await;
+    let (mut other_server, _) = serves.accept().await.unwrap();
+    app.write_all(b"x").await.unwrap();
+    assert_eq!(server.read_u8().await.unwrap(), b'x');
+
+    connection.permit.cancel();
+
+    for end in [&mut app, &mut server] {
+        let error = soon(read_all(end)).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+    other.write_all(b"y").await.unwrap();
+    assert_eq!(soon(other_server.read_u8()).await.unwrap(), b'y');
+}
+
+#[tokio::test]
 async fn stalled_readers_do_not_stall_others() {
     let connection = connection().await;
     let mut stalled = Vec::new();
     for _ in 0..20 {
-        let (app, mut server) = ends(&connection.tunnel).await;
-        let feeder =
-            tokio::spawn(async move { while server.write_all(&[1; 65_536]).await.is_ok() {} });
-        stalled.push((app, feeder));
+        stalled.push(stalled_flow(&connection.tunnel).await);
     }
-    tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..3 {
         let (mut app, mut server) = ends(&connection.tunnel).await;
         let data = pattern(9, 16 << 20);
@@ -356,12 +373,7 @@ async fn beyond_the_budget_the_slowest_reader_is_reset() {
     let connection = connection_with(settings).await;
     let mut stalled = Vec::new();
     for _ in 0..8 {
-        let (app, mut server) = ends(&connection.tunnel).await;
-        let feeder =
-            tokio::spawn(async move { while server.write_all(&[1; 65_536]).await.is_ok() {} });
-        stalled.push((app, feeder));
-        // Long enough that the order in which they fall behind is the order of this loop.
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        stalled.push(stalled_flow(&connection.tunnel).await);
     }
     eventually("the flows that were behind longest are reset", || {
         stalled[0].1.is_finished()

@@ -13,7 +13,9 @@ use http::{HeaderValue, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
-use tp_tunnel::{DatagramFlow, DialError, DialErrorKind, Flow, OpenError, Target, Tunnel};
+use tp_tunnel::{
+    DatagramFlow, DialError, DialErrorKind, Flow, OpenError, Target, Tunnel, set_up_flow_socket,
+};
 
 use super::counters::{Counters, Kind, OpenFlow};
 use super::direct;
@@ -214,8 +216,7 @@ impl Dialer {
         if self.is_self(&stream) {
             return Err(loops());
         }
-        // Fails only on a connection that is gone already, which the relay will notice.
-        let _ = stream.set_nodelay(true);
+        set_up_flow_socket(&stream);
         Ok(stream)
     }
 

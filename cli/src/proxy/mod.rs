@@ -32,6 +32,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tp_tunnel::set_up_flow_socket;
 
 pub use self::counters::{Counted, Counters};
 pub use self::credentials::Credentials;
@@ -161,8 +162,7 @@ async fn connection(mut stream: TcpStream, client: SocketAddr, shared: &Arc<Shar
         tracing::debug!(%client, "another user, or another machine: not served");
         return;
     }
-    // Fails only on a connection that is gone already.
-    let _ = stream.set_nodelay(true);
+    set_up_flow_socket(&stream);
     // Each phase is boxed, so that its buffers and state are gone in the next one.
     match Box::pin(handshake(&mut stream, shared)).await {
         Begun::Nothing => {}

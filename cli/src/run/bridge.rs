@@ -19,7 +19,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinSet, LocalSet};
 use tokio_util::sync::CancellationToken;
 use tp_netstack::{DialOutcome, EchoRequest, Unreachable};
-use tp_tunnel::{DatagramFlow, DialErrorKind, Flow, FlowError, Target};
+use tp_tunnel::{DatagramFlow, DialErrorKind, Flow, FlowError, Target, set_up_flow_socket};
 
 use super::device::{ADDRESS, Kind};
 use super::dial::{Dialer, Outbound, Refusal};
@@ -496,6 +496,9 @@ pub(super) async fn join(
             return;
         }
     };
+    for socket in [&accepted, &other] {
+        set_up_flow_socket(socket);
+    }
     if copy_bidirectional(&mut accepted, &mut other).await.is_err() {
         for socket in [&accepted, &other] {
             let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));

@@ -10,7 +10,10 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout, timeout_at};
-use tp_tunnel::{DatagramFlow, DialError, DialErrorKind, Flow, Host, OpenError, Target, Tunnel};
+use tp_tunnel::{
+    DatagramFlow, DialError, DialErrorKind, Flow, Host, OpenError, Target, Tunnel,
+    set_up_flow_socket,
+};
 
 use crate::proxy::split::Route;
 use crate::proxy::{Split, Upstream};
@@ -137,8 +140,7 @@ async fn connect_direct(address: SocketAddr) -> Result<TcpStream, Refusal> {
         return Err(Refusal::Dial(DialErrorKind::TimedOut));
     };
     let stream = dialled.map_err(DialError::from)?;
-    // Fails only on a connection that is gone already, which the relay will notice.
-    let _ = stream.set_nodelay(true);
+    set_up_flow_socket(&stream);
     Ok(stream)
 }
 

@@ -21,8 +21,9 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tp_tunnel::proxy_status::{DialError, DialErrorKind};
-use tp_tunnel::{Host, Target};
+use tp_tunnel::{Dialed, Host, Target};
 
 use crate::dial::refuse::Surroundings;
 use crate::dial::resolve::Resolver;
@@ -39,6 +40,9 @@ pub struct Destination {
     pub port: u16,
 }
 
+/// Cancelled when the permission is withdrawn; without one it stands for as long as the connection.
+pub type Permit = Option<CancellationToken>;
+
 /// What one session may reach. Each mode of the manager has its own.
 pub trait Reach: Send + Sync + 'static {
     /// What lies around this manager and is refused to everyone.
@@ -48,7 +52,7 @@ pub trait Reach: Send + Sync + 'static {
     fn namespace(&self) -> Option<&str>;
 
     /// Whether the session may go there. The error is one line for the user.
-    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<(), String>>;
+    fn permit<'a>(&'a self, destination: &'a Destination) -> BoxFuture<'a, Result<Permit, String>>;
 
     /// Hears every answer to a DNS question of this session.
     fn heard(&self, name: &str, addresses: &[IpAddr]) {
@@ -78,7 +82,7 @@ impl Dialer {
         &self,
         target: &Target,
         reach: &dyn Reach,
-    ) -> Result<TcpStream, DialError> {
+    ) -> Result<Dialed<TcpStream>, DialError> {
         let deadline = Instant::now() + self.timeout;
         let outcome = match self.destinations(target, reach, deadline).await {
             Ok(destinations) => connect_in_turn(&destinations, deadline).await,
@@ -94,7 +98,7 @@ impl Dialer {
         &self,
         target: &Target,
         reach: &dyn Reach,
-    ) -> Result<UdpSocket, DialError> {
+    ) -> Result<Dialed<UdpSocket>, DialError> {
         let deadline = Instant::now() + self.timeout;
         let outcome = match self.destinations(target, reach, deadline).await {
             Ok(destinations) => connect_datagrams(&destinations).await,
@@ -121,7 +125,7 @@ impl Dialer {
         target: &Target,
         reach: &dyn Reach,
         deadline: Instant,
-    ) -> Result<Vec<SocketAddr>, DialError> {
+    ) -> Result<Vec<Permitted>, DialError> {
         let (name, addresses) = match &target.host {
             Host::Ip(address) => (None, vec![*address]),
             Host::Name(name) => {
@@ -139,7 +143,7 @@ impl Dialer {
                 port: target.port,
             };
             match self.check(destination, reach, deadline).await {
-                Ok(address) => permitted.push(address),
+                Ok(destination) => permitted.push(destination),
                 Err(error) => refusal = refusal.or(Some(error)),
             }
         }
@@ -171,7 +175,7 @@ impl Dialer {
         destination: Destination,
         reach: &dyn Reach,
         deadline: Instant,
-    ) -> Result<SocketAddr, DialError> {
+    ) -> Result<Permitted, DialError> {
         let forbidden = |detail: String| DialError::new(DialErrorKind::Forbidden, detail);
         let address = refuse::check(destination.address, destination.port, reach.surroundings())
             .map_err(|refusal| forbidden(format!("{} is {refusal}", destination.address)))?;
@@ -181,10 +185,12 @@ impl Dialer {
         };
         let socket_address = SocketAddr::new(address, destination.port);
         if self.resolver.is_nameserver(socket_address) {
-            return Ok(socket_address);
+            return Ok((socket_address, None));
         }
         match timeout_at(deadline, reach.permit(&destination)).await {
-            Ok(permit) => permit.map(|()| socket_address).map_err(forbidden),
+            Ok(permit) => permit
+                .map(|permit| (socket_address, permit))
+                .map_err(forbidden),
             Err(_) => Err(DialError::new(
                 DialErrorKind::TimedOut,
                 "the API server did not say in time whether this is permitted",
@@ -193,17 +199,20 @@ impl Dialer {
     }
 }
 
+/// An address that may be dialled.
+type Permitted = (SocketAddr, Permit);
+
 /// Tries each address in order, each with its share of what is left of the time.
 async fn connect_in_turn(
-    addresses: &[SocketAddr],
+    addresses: &[Permitted],
     deadline: Instant,
-) -> Result<TcpStream, DialError> {
+) -> Result<Dialed<TcpStream>, DialError> {
     let mut worst: Option<DialError> = None;
-    for (index, address) in addresses.iter().enumerate() {
+    for (index, (address, permit)) in addresses.iter().enumerate() {
         let left = deadline.saturating_duration_since(Instant::now());
         let share = left / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
         match timeout_at(Instant::now() + share, connect(*address)).await {
-            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Ok(stream)) => return Ok(dialed(stream, permit)),
             Ok(Err(error)) => keep_clearest(&mut worst, DialError::from(error), *address),
             Err(_) => {
                 let error = DialError::new(DialErrorKind::TimedOut, "no answer");
@@ -212,6 +221,13 @@ async fn connect_in_turn(
         }
     }
     Err(worst.unwrap_or_else(|| DialError::new(DialErrorKind::Dns, "the name has no address")))
+}
+
+fn dialed<S>(socket: S, permit: &Permit) -> Dialed<S> {
+    Dialed {
+        socket,
+        revoked: permit.clone(),
+    }
 }
 
 /// Of several failures the one that says most about the destination: a refusal came from it, a timeout is silence, no
@@ -242,11 +258,11 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     socket.connect(address).await
 }
 
-async fn connect_datagrams(addresses: &[SocketAddr]) -> Result<UdpSocket, DialError> {
+async fn connect_datagrams(addresses: &[Permitted]) -> Result<Dialed<UdpSocket>, DialError> {
     let mut worst = None;
-    for address in addresses {
+    for (address, permit) in addresses {
         match connect_datagram(*address).await {
-            Ok(socket) => return Ok(socket),
+            Ok(socket) => return Ok(dialed(socket, permit)),
             Err(error) => keep_clearest(&mut worst, DialError::from(error), *address),
         }
     }

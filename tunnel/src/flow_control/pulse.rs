@@ -100,7 +100,8 @@ impl Pulse {
             ping_pong,
             timer: Box::pin(sleep_until(now)),
             beat: Beat::Resting {
-                since: now - s.ping_interval,
+                // The clock may be younger than the interval; then the first ping waits for its turn.
+                since: now.checked_sub(s.ping_interval).unwrap_or(now),
                 received: 0,
             },
             interval: s.ping_interval,

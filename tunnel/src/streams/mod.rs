@@ -7,9 +7,11 @@ pub(crate) mod datagram;
 mod flow;
 mod io;
 mod relay;
+mod socket;
 
 pub use accept::{Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Workstation, join};
 pub use datagram::{DatagramFlow, DatagramReceiver, DatagramSender};
 pub use flow::{Flow, FlowReceiver, FlowSender};
 pub use io::{FlowReader, FlowWriter};
 pub use relay::{Ended, Relayed, relay};
+pub use socket::set_up_flow_socket;

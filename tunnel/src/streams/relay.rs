@@ -24,6 +24,7 @@ use tokio::net::TcpStream;
 use crate::error::FlowError;
 use crate::settings::FRAME_PAYLOAD;
 use crate::streams::flow::{Flow, FlowReceiver, FlowSender};
+use crate::streams::socket::set_up_flow_socket;
 
 /// What a finished relay moved and how it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -334,8 +335,7 @@ struct ResetOnDrop {
 
 impl ResetOnDrop {
     fn new(tcp: TcpStream) -> Self {
-        // Without this, answers of a few bytes wait for the application's delayed acknowledgement.
-        let _ = tcp.set_nodelay(true);
+        set_up_flow_socket(&tcp);
         Self { tcp, armed: true }
     }
 

@@ -16,8 +16,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use tp_tunnel::{
-    DialError, DialErrorKind, Host, Service, Settings, Target, Tunnel, TunnelError, relay,
+    DialError, DialErrorKind, Dialed, Host, Service, Settings, Target, Tunnel, TunnelError, relay,
     serve_with,
 };
 
@@ -26,6 +27,8 @@ use tp_tunnel::{
 pub struct Loopback {
     /// Dials of `hang.test` under way.
     pub hanging: Arc<AtomicUsize>,
+    /// The permission that all flows but those to `localhost` stand on.
+    pub permit: CancellationToken,
 }
 
 struct Hanging(Arc<AtomicUsize>);
@@ -67,16 +70,21 @@ impl Loopback {
 }
 
 impl Service for Loopback {
-    fn dial(&self, target: Target) -> BoxFuture<'_, Result<TcpStream, DialError>> {
-        Box::pin(async move { Ok(TcpStream::connect(self.address(&target).await?).await?) })
+    fn dial(&self, target: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
+        Box::pin(async move {
+            let socket = TcpStream::connect(self.address(&target).await?).await?;
+            let own = target.host == Host::Name("localhost".to_owned());
+            let revoked = (!own).then(|| self.permit.clone());
+            Ok(Dialed { socket, revoked })
+        })
     }
 
-    fn associate(&self, target: Target) -> BoxFuture<'_, Result<UdpSocket, DialError>> {
+    fn associate(&self, target: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>> {
         Box::pin(async move {
             let address = self.address(&target).await?;
             let socket = UdpSocket::bind("127.0.0.1:0").await?;
             socket.connect(address).await?;
-            Ok(socket)
+            Ok(socket.into())
         })
     }
 
@@ -109,6 +117,7 @@ pub struct Connection {
     pub server: JoinHandle<Result<(), TunnelError>>,
     pub shutdown: oneshot::Sender<()>,
     pub hanging: Arc<AtomicUsize>,
+    pub permit: CancellationToken,
 }
 
 /// A connection over an in-memory carrier of 256 KiB.
@@ -124,6 +133,7 @@ pub async fn connection_with(settings: Settings) -> Connection {
 pub async fn over(ours: DuplexStream, theirs: DuplexStream, settings: Settings) -> Connection {
     let service = Loopback::default();
     let hanging = Arc::clone(&service.hanging);
+    let permit = service.permit.clone();
     let (shutdown, stopped) = oneshot::channel::<()>();
     let stopped = async {
         // A dropped sender is no request to stop.
@@ -144,6 +154,7 @@ pub async fn over(ours: DuplexStream, theirs: DuplexStream, settings: Settings) 
         server,
         shutdown,
         hanging,
+        permit,
     }
 }
 
@@ -173,6 +184,35 @@ pub async fn ends(tunnel: &Tunnel) -> (TcpStream, TcpStream) {
     let (app, accepted) = tokio::join!(through(tunnel, target(address)), listener.accept());
     (app, accepted.unwrap().0)
 }
+
+/// A flow whose application reads nothing: its end of the socket, and who sends to it. Returns when the tunnel holds
+/// bytes for it, so flows fall behind in the order of these calls.
+pub async fn stalled_flow(tunnel: &Tunnel) -> (TcpStream, JoinHandle<()>) {
+    let (captures, address) = listener().await;
+    let (serves, destination) = listener().await;
+    let app = TcpStream::connect(address).await.unwrap();
+    let (captured, _) = captures.accept().await.unwrap();
+    // The kernel doubles both. Less than this, and what it takes of the application's bytes would be as much again.
+    socket2::SockRef::from(&app)
+        .set_recv_buffer_size(KERNEL_TAKES / 8)
+        .unwrap();
+    socket2::SockRef::from(&captured)
+        .set_send_buffer_size(KERNEL_TAKES / 8)
+        .unwrap();
+    let before = tunnel.traffic().bytes_down;
+    let flow = tunnel.connect(&target(destination)).await.unwrap();
+    let (mut server, _) = serves.accept().await.unwrap();
+    tokio::spawn(relay(flow, captured));
+    let feeder = tokio::spawn(async move { while server.write_all(&[1; 65_536]).await.is_ok() {} });
+    eventually("more has come than the kernel takes", || {
+        tunnel.traffic().bytes_down - before >= 2 * KERNEL_TAKES as u64
+    })
+    .await;
+    (app, feeder)
+}
+
+/// Bytes that the two kernel sockets between a relay and a stalled application take at the most.
+const KERNEL_TAKES: usize = 256 * 1024;
 
 /// Bytes that differ everywhere, so that a loss, a repetition or a mix-up shows.
 pub fn pattern(seed: u64, size: usize) -> Vec<u8> {

@@ -12,7 +12,8 @@ use http::{Request, Response};
 use tokio::net::{TcpStream, UdpSocket};
 use tp_tunnel::carrier::{self, ReadAhead, tls};
 use tp_tunnel::{
-    BoxedStream, DialError, DialErrorKind, Host, Identity, Service, Target, Tunnel, relay, serve,
+    BoxedStream, DialError, DialErrorKind, Dialed, Host, Identity, Service, Target, Tunnel, relay,
+    serve,
 };
 
 /// What runs under HTTP/2.
@@ -209,16 +210,16 @@ async fn entry(
 struct Anywhere;
 
 impl Service for Anywhere {
-    fn dial(&self, target: Target) -> BoxFuture<'_, Result<TcpStream, DialError>> {
+    fn dial(&self, target: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
         Box::pin(async move {
             match target.host {
-                Host::Ip(ip) => Ok(TcpStream::connect((ip, target.port)).await?),
+                Host::Ip(ip) => Ok(TcpStream::connect((ip, target.port)).await?.into()),
                 Host::Name(name) => Err(DialError::new(DialErrorKind::Dns, name)),
             }
         })
     }
 
-    fn associate(&self, _: Target) -> BoxFuture<'_, Result<UdpSocket, DialError>> {
+    fn associate(&self, _: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>> {
         Box::pin(async { Err(DialError::new(DialErrorKind::Forbidden, "no UDP here")) })
     }
 

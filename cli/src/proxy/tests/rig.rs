@@ -15,7 +15,7 @@ use tokio::process::Command;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tp_manager_api::ClusterView;
-use tp_tunnel::{DialError, DialErrorKind, Service, Target, Tunnel};
+use tp_tunnel::{DialError, DialErrorKind, Dialed, Service, Target, Tunnel};
 
 use super::super::{Counters, Credentials, Options, Split, Upstream, UserRules, serve};
 
@@ -261,24 +261,24 @@ impl Cluster {
 }
 
 impl Service for Cluster {
-    fn dial(&self, target: Target) -> BoxFuture<'_, Result<TcpStream, DialError>> {
+    fn dial(&self, target: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
         async move {
             if target.host.to_string().starts_with("filtered.") {
                 std::future::pending::<()>().await;
             }
-            Ok(TcpStream::connect(self.find(&target)?).await?)
+            Ok(TcpStream::connect(self.find(&target)?).await?.into())
         }
         .boxed()
     }
 
-    fn associate(&self, target: Target) -> BoxFuture<'_, Result<UdpSocket, DialError>> {
+    fn associate(&self, target: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>> {
         async move {
             let address = self.find(&target)?;
             let socket = UdpSocket::bind("127.0.0.1:0").await?;
             socket.connect(address).await?;
             // A socket that no poll has seen yet takes nothing by `try_send`; on a real link one has by then.
             socket.writable().await?;
-            Ok(socket)
+            Ok(socket.into())
         }
         .boxed()
     }
