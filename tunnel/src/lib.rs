@@ -27,6 +27,6 @@ pub use settings::Settings;
 pub use streams::{
     DatagramFlow, DatagramReceiver, DatagramSender, Ended, Flow, FlowReader, FlowReceiver,
     FlowSender, FlowWriter, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Relayed, Workstation,
-    join, relay, set_up_flow_socket,
+    descriptors_are_scarce, join, relay, set_up_flow_socket,
 };
 pub use target::{Host, ParseTargetError, Target};

@@ -32,7 +32,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tp_tunnel::set_up_flow_socket;
+use tp_tunnel::{descriptors_are_scarce, set_up_flow_socket};
 
 pub use self::counters::{Counted, Counters};
 pub use self::credentials::Credentials;
@@ -112,6 +112,7 @@ pub async fn serve(
         tokio::select! {
             () = &mut shutdown => break,
             accepted = accept(&listeners) => match accepted {
+                Ok((stream, _)) if descriptors_are_scarce(&stream) => turn_away(&stream, &shared),
                 Ok((stream, client)) => {
                     let shared = shared.clone();
                     connections.spawn(async move { connection(stream, client, &shared).await });
@@ -139,6 +140,14 @@ async fn accept(listeners: &[TcpListener]) -> io::Result<(TcpStream, SocketAddr)
             .unwrap_or(Poll::Pending)
     })
     .await
+}
+
+/// The client sees a reset at once, and not a connection that nobody serves. The oldest one that has said nothing yet
+/// makes room for the next.
+fn turn_away(stream: &TcpStream, shared: &Shared) {
+    tracing::warn!("no descriptors are left for more connections");
+    direct::reset_on_drop(stream);
+    shared.waiting.evict_oldest();
 }
 
 /// An error of one connection costs nothing; without descriptors the listener stays readable, and asking again at once

@@ -14,6 +14,7 @@ pub mod rights;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tp_tunnel::proxy_status::{DialError, DialErrorKind};
-use tp_tunnel::{Dialed, Host, Target};
+use tp_tunnel::{Dialed, Host, Target, descriptors_are_scarce};
 
 use crate::dial::refuse::Surroundings;
 use crate::dial::resolve::Resolver;
@@ -254,6 +255,7 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
+    leave_some(&socket)?;
     socket.set_nodelay(true)?;
     socket.connect(address).await
 }
@@ -276,8 +278,17 @@ async fn connect_datagram(address: SocketAddr) -> io::Result<UdpSocket> {
         SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
     let socket = UdpSocket::bind((any, 0)).await?;
+    leave_some(&socket)?;
     socket.connect(address).await?;
     Ok(socket)
+}
+
+/// The last descriptors are for new sessions and for the API server.
+fn leave_some(socket: &impl AsRawFd) -> io::Result<()> {
+    match descriptors_are_scarce(socket) {
+        true => Err(io::Error::other("the manager has too many flows open")),
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -14,4 +14,4 @@ pub use datagram::{DatagramFlow, DatagramReceiver, DatagramSender};
 pub use flow::{Flow, FlowReceiver, FlowSender};
 pub use io::{FlowReader, FlowWriter};
 pub use relay::{Ended, Relayed, relay};
-pub use socket::set_up_flow_socket;
+pub use socket::{descriptors_are_scarce, set_up_flow_socket};

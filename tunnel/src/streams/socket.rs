@@ -1,7 +1,9 @@
 //! The kernel socket at an end of a flow.
 
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 
@@ -26,6 +28,20 @@ pub fn set_up_flow_socket(tcp: &TcpStream) {
         .with_interval(ASKED_EVERY)
         .with_retries(ASKED_TIMES);
     let _ = SockRef::from(tcp).set_tcp_keepalive(&keepalive);
+}
+
+/// Descriptors that flows leave to whatever keeps the process useful: a new carrier, its control socket, its log.
+const KEPT_BACK: u64 = 16;
+
+/// Whether a flow with this new socket would take one of the last descriptors that the process may have.
+///
+/// The kernel gives the lowest number that is free (open(2)), so a number close to the limit says that all below are
+/// taken. Such a flow is better refused: otherwise nothing could be accepted, dialled or asked any more, and nobody told
+/// why.
+pub fn descriptors_are_scarce(socket: &impl AsRawFd) -> bool {
+    let number = u64::try_from(socket.as_raw_fd()).unwrap_or_default();
+    let limit = getrlimit(Resource::Nofile).current;
+    limit.is_some_and(|limit| number + KEPT_BACK >= limit)
 }
 
 #[cfg(test)]
