@@ -4,17 +4,22 @@ use std::error::Error;
 use std::io;
 use std::time::Duration;
 
-use http::{Request, Response, Uri};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use http::{HeaderValue, Request, Response, Uri};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use hyper::rt::{Read, Write};
 use hyper_timeout::TimeoutConnector;
-use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
+use hyper_util::client::legacy::connect::{Connection, HttpConnector};
 use hyper_util::rt::TokioExecutor;
 use kube::client::{AuthError, Body, ClientBuilder, ConfigExt, DynBody};
 use kube::config::ExecConfig;
 use kube::{Client, Config};
+use percent_encoding::percent_decode_str;
 use tower::util::{BoxService, MapErrLayer};
-use tower::{BoxError, ServiceBuilder, ServiceExt};
+use tower::{BoxError, Service, ServiceBuilder, ServiceExt};
 
 use crate::report::{Failure, OrFail};
 
@@ -39,11 +44,7 @@ pub(super) async fn client(config: Config) -> Result<Client, Failure> {
 fn build(config: Config) -> Result<Client, Failure> {
     let plugin = config.auth_info.exec.clone();
     let address = route(&config);
-    let builder = match config.proxy_url {
-        None => direct(config),
-        // kube speaks the proxies' protocols, and lets nobody touch its socket.
-        Some(_) => ClientBuilder::try_from(config),
-    };
+    let builder = on_quick_socket(config);
     match builder {
         Ok(builder) => {
             let named = MapErrLayer::new(move |error| name_server(&address, error));
@@ -54,13 +55,50 @@ fn build(config: Config) -> Result<Client, Failure> {
     }
 }
 
-/// kube's own stack, on a socket without Nagle's algorithm: a carrier writes small frames, and each would wait until the
-/// one before it was acknowledged, which the other end delays by 40 ms.
-fn direct(config: Config) -> kube::Result<ClientBuilder<ApiService>> {
+/// A socket without Nagle's algorithm, to the server or to the proxy before it: a carrier writes small frames, and each
+/// would wait until the one before it was acknowledged, which the other end delays by 40 ms.
+fn on_quick_socket(config: Config) -> kube::Result<ClientBuilder<ApiService>> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
-    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
+    let Some(proxy) = config.proxy_url.clone() else {
+        return stack(config, tcp);
+    };
+    match proxy.scheme_str() {
+        Some("socks5") => stack(config, SocksV5::new(proxy, tcp)),
+        Some("http") => stack(config, tunnel(proxy, tcp)),
+        Some("https") => {
+            let tls = config.rustls_https_connector_with_connector(tcp)?;
+            stack(config, tunnel(proxy, tls))
+        }
+        Some(_) | None => Err(kube::Error::ProxyProtocolUnsupported {
+            proxy_url: Box::new(proxy),
+        }),
+    }
+}
+
+/// CONNECT through an HTTP proxy, with the credentials of its URL, which are percent-encoded there (RFC 3986 §3.2.1).
+fn tunnel<C>(proxy: Uri, connector: C) -> Tunnel<C> {
+    let authority = proxy.authority().map(ToString::to_string);
+    let tunnel = Tunnel::new(proxy, connector);
+    let Some((user, _)) = authority.as_deref().and_then(|text| text.rsplit_once('@')) else {
+        return tunnel;
+    };
+    let user: Vec<u8> = percent_decode_str(user).collect();
+    let basic = format!("Basic {}", BASE64_STANDARD.encode(user));
+    tunnel.with_auth(HeaderValue::try_from(basic).expect("base64 is a header's value"))
+}
+
+/// kube's own layers over a connector.
+fn stack<C>(config: Config, connector: C) -> kube::Result<ClientBuilder<ApiService>>
+where
+    C: Service<Uri> + Clone + Send + Sync + 'static,
+    C::Response: Connection + Read + Write + Send + Unpin + 'static,
+    C::Future: Send + 'static,
+    C::Error: Error + Send + Sync + 'static,
+{
+    let mut connector =
+        TimeoutConnector::new(config.rustls_https_connector_with_connector(connector)?);
     connector.set_connect_timeout(config.connect_timeout);
     connector.set_read_timeout(config.read_timeout);
     connector.set_write_timeout(config.write_timeout);
