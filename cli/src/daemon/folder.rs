@@ -87,6 +87,12 @@ impl Folder {
         self.0.join(format!("{name}.ended"))
     }
 
+    /// What it said there, if it can be read.
+    pub fn last_word(&self, name: &str) -> Option<Failure> {
+        let text = fs::read(self.obituary(name)).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
     fn lock(&self, name: &str) -> PathBuf {
         self.0.join(format!("{name}.lock"))
     }
@@ -191,8 +197,9 @@ impl Claim {
     }
 
     /// Leaves word of why the connection ended by itself. Best effort: the log has it too.
-    pub fn leave_word(&self, obituary: &str) {
-        let _ = fs::write(self.folder.obituary(&self.name), obituary);
+    pub fn leave_word(&self, failure: &Failure) {
+        let text = serde_json::to_string(failure).expect("plain data has a JSON form");
+        let _ = fs::write(self.folder.obituary(&self.name), text);
     }
 
     /// Removes the socket. The log stays, for whoever asks why it ended, and so does the empty lock file: a lock on
@@ -300,6 +307,23 @@ mod tests {
         assert_eq!(claim.folder, Folder(good.clone()));
         assert_eq!(claim.passed_over.len(), 1);
         assert_eq!(fs::metadata(&good).unwrap().mode() & 0o777, 0o700);
+        fs::remove_dir_all(scratch).unwrap();
+    }
+
+    #[test]
+    fn the_last_word_keeps_its_hint_until_the_name_is_taken_again() {
+        let scratch = scratch("word");
+        let candidates = [scratch.join("tp")];
+        let claim = Claim::try_new_in(&candidates, "a").unwrap();
+        let folder = Folder(candidates[0].clone());
+        let failure = Failure::new("the Session was deleted").hint("connect again");
+
+        claim.leave_word(&failure);
+        claim.release();
+
+        assert_eq!(folder.last_word("a"), Some(failure));
+        Claim::try_new_in(&candidates, "a").unwrap().release();
+        assert_eq!(folder.last_word("a"), None);
         fs::remove_dir_all(scratch).unwrap();
     }
 

@@ -56,8 +56,7 @@ pub fn ended() -> Vec<ConnectionStatus> {
             .filter(|name| !folder.is_held(name))
             .collect::<Vec<_>>();
         dead.into_iter().map(move |name| {
-            let why = std::fs::read_to_string(folder.obituary(&name)).unwrap_or_default();
-            ConnectionStatus::ended(&name, &why, folder.log(&name))
+            ConnectionStatus::ended(&name, folder.last_word(&name), folder.log(&name))
         })
     };
     folder::folders().into_iter().flat_map(of).collect()

@@ -311,7 +311,7 @@ impl Running {
 
     /// Leaves word of a failure for the next `tp status`.
     pub fn leave_word(&self, failure: &Failure) {
-        self.claim.leave_word(&one_line(failure));
+        self.claim.leave_word(failure);
     }
 
     /// Ends it: no new flows, open ones cut, session deleted, name free.

@@ -8,6 +8,9 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::supervisor::one_line;
+use crate::report::Failure;
+
 /// One connection, as it was found just now.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ConnectionStatus {
@@ -183,9 +186,13 @@ impl ConnectionStatus {
         Self::lifeless(name, State::Unresponsive, error, log)
     }
 
-    /// What is left of a connection that ended by itself.
-    pub fn ended(name: &str, why: &str, log: PathBuf) -> Self {
-        Self::lifeless(name, State::Ended, why, log)
+    /// What is left of a connection that ended by itself, and the failure that ended it.
+    pub fn ended(name: &str, why: Option<Failure>, log: PathBuf) -> Self {
+        let error = why.as_ref().map(one_line).unwrap_or_default();
+        Self {
+            hint: why.and_then(|failure| failure.hint),
+            ..Self::lifeless(name, State::Ended, &error, log)
+        }
     }
 
     fn lifeless(name: &str, state: State, error: &str, log: PathBuf) -> Self {
