@@ -1,7 +1,9 @@
 //! A carrier dies; the user does nothing; new flows work again, and old ones end with a reset, not with a clean end.
 
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use tp_tests::cluster::scripts;
 use tp_tests::{Cluster, Connection, Laptop, Link, User, eventually};
 
 /// How long until the next request works, in a loop without pauses.
@@ -218,4 +220,74 @@ fn nothing_is_left_of_a_quit_connection() {
     eventually("its processes have ended", Duration::from_secs(3), || {
         laptop.processes().is_empty().then_some(())
     });
+}
+
+#[test]
+fn a_connection_outlives_the_api_server() {
+    let Some(cluster) = Cluster::exclusive_with_manager() else {
+        return;
+    };
+    let namespace = cluster.namespace("reconnect");
+    namespace.probe("web");
+    let laptop = Laptop::of(&cluster, &User::of_namespace(&cluster, "ada", &namespace));
+    let tp = laptop.connect(&[]);
+    let flow = open_flow(&tp);
+    let down = ApiServerDown::now();
+
+    let (received, end) = flow.wait();
+    assert_eq!(
+        (received.as_slice(), end.trim()),
+        (&b"hello\n"[..], "end=rst")
+    );
+    let (status, _) = eventually("the status says so", Duration::from_secs(10), || {
+        let status = tp.status();
+        let tried = status["state"] == "reconnecting" && !status["error"].is_null();
+        tried.then_some(status)
+    });
+    assert!(
+        status["error"].to_string().contains("node-1:6443"),
+        "{status}"
+    );
+    assert_eq!(status["last_cut"]["restored_at"], serde_json::Value::Null);
+    assert_ne!(tp.socks_reply("web", 80), 0, "nothing is reached meanwhile");
+
+    drop(down);
+    next_success(&tp, Duration::from_secs(60));
+    let status = tp.status();
+    assert_eq!(status["state"], "connected", "{status}");
+    assert!(!status["last_cut"]["restored_at"].is_null(), "{status}");
+    assert!(status["error"].is_null(), "{status}");
+}
+
+/// While it lives the cluster has no API server; dropping it starts one and waits until that is ready.
+struct ApiServerDown;
+
+impl ApiServerDown {
+    fn now() -> Self {
+        Self::order("kill");
+        Self
+    }
+
+    fn order(what: &str) {
+        let mut command = Command::new(scripts().join("api-server.sh"));
+        // It leaves a process behind, which must not hold a pipe of ours.
+        let ordered = command
+            .arg(what)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        let ordered = ordered.expect("bash is there");
+        assert!(ordered.success(), "api-server.sh {what}");
+    }
+}
+
+impl Drop for ApiServerDown {
+    fn drop(&mut self) {
+        Self::order("start");
+        let status = || Command::new(scripts().join("status.sh")).output();
+        eventually("the cluster is up again", Duration::from_secs(60), || {
+            let up = status().is_ok_and(|status| status.status.success());
+            up.then_some(())
+        });
+    }
 }
