@@ -337,3 +337,28 @@ fn programs_are_where_the_tests_think() {
     // Whoever runs the tests should see at once when nothing was built.
     assert!(std::path::Path::new(&binary("tp")).exists());
 }
+
+#[test]
+fn the_proxys_password_does_not_stay_in_the_daemons_environment() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = cluster.namespace("life");
+    namespace.probe("web");
+    let laptop = Laptop::of(&cluster, &User::of_namespace(&cluster, "ada", &namespace));
+    let connect = ["connect", "--listen", "127.0.0.1:0", "--proxy-user", "ada"];
+    laptop
+        .tp_with(&[("TP_PROXY_PASSWORD", "hunter2")], &connect)
+        .ok();
+
+    let environment = std::fs::read(format!("/proc/{}/environ", laptop.daemon())).unwrap();
+
+    assert!(!String::from_utf8_lossy(&environment).contains("hunter2"));
+    let status = laptop.status();
+    let proxy = status["connections"][0]["proxy"]["address"]
+        .as_str()
+        .unwrap();
+    let with_password = format!("http://ada:hunter2@{proxy}");
+    let curl = laptop.run("curl", &["-sS", "-x", &with_password, "http://web/"]);
+    assert_eq!(curl.ok().out(), "hello-from-probe\n");
+}

@@ -194,11 +194,12 @@ fn deleting_the_session_cuts_its_flows_at_once() {
 }
 
 #[test]
-fn a_revoked_right_cuts_the_flow_within_a_minute() {
+fn a_revoked_right_cuts_its_flows_within_a_minute_and_no_others() {
     let Some(cluster) = Cluster::with_manager() else {
         return;
     };
     let (own, other) = (cluster.namespace("team-a"), cluster.namespace("team-b"));
+    own.probe("web");
     other.probe("web");
     let user = User::of_namespace(&cluster, "ada", &own);
     user.grant(&cluster, &other.name, "tp-user");
@@ -207,8 +208,9 @@ fn a_revoked_right_cuts_the_flow_within_a_minute() {
     let host = format!("web.{}", other.name);
     let mut flow = tp.spawn_probe(&["tcp", "PROXY", &host, "13"]);
     flow.send(b"alive");
-    eventually("the flow is open", Duration::from_secs(5), || {
-        (tp.status()["flows"].as_u64() >= Some(1)).then_some(())
+    let mut unconcerned = tp.spawn_probe(&["tcp", "PROXY", "web", "13"]);
+    eventually("the flows are open", Duration::from_secs(5), || {
+        (tp.status()["flows"].as_u64() >= Some(2)).then_some(())
     });
 
     let start = std::time::Instant::now();
@@ -223,4 +225,11 @@ fn a_revoked_right_cuts_the_flow_within_a_minute() {
     assert_eq!(String::from_utf8_lossy(&received), "hello\nalive");
     assert_eq!(end.trim(), "end=rst");
     assert_eq!(tp.socks_reply(&host, 80), 2);
+    unconcerned.send(b"still here");
+    let (received, end) = unconcerned.finish();
+    assert_eq!(
+        (String::from_utf8_lossy(&received).as_ref(), end.trim()),
+        ("hello\nstill here", "end=fin")
+    );
+    assert!(tp.status()["last_cut"].is_null(), "the connection went on");
 }
