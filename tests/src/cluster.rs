@@ -217,6 +217,14 @@ fn directory() -> PathBuf {
     })
 }
 
+/// kubectl and the administrator's kubeconfig, for whoever outlives the tests.
+pub(crate) fn kubectl_program() -> (PathBuf, PathBuf) {
+    (
+        directory().join("bin/kubectl"),
+        directory().join("kubeconfig"),
+    )
+}
+
 fn is_root() -> bool {
     static ROOT: OnceLock<bool> = OnceLock::new();
     *ROOT.get_or_init(|| tool(Command::new("id").arg("-u")).trim() == "0")

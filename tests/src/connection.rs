@@ -28,15 +28,19 @@ impl Laptop {
             ]
             .concat())
             .ok();
+        self.connection()
+            .unwrap_or_else(|status| panic!("status names no proxy: {status}\n{}", run.report()))
+    }
+
+    /// The laptop's one connection, however it was made; the whole status where there is none.
+    pub fn connection(&self) -> Result<Connection<'_>, Value> {
         let status = self.status();
-        let proxy = status["connections"][0]["proxy"]["address"]
-            .as_str()
-            .map(str::to_owned);
-        let proxy =
-            proxy.unwrap_or_else(|| panic!("status names no proxy: {status}\n{}", run.report()));
-        Connection {
-            proxy,
-            laptop: self,
+        match status["connections"][0]["proxy"]["address"].as_str() {
+            Some(proxy) => Ok(Connection {
+                proxy: proxy.to_owned(),
+                laptop: self,
+            }),
+            None => Err(status),
         }
     }
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::{LIMIT, Run};
-use crate::{Cluster, User};
+use crate::{Cluster, User, guard};
 
 /// One user on the laptop, with an own uid, home and runtime folder. Dropping it ends every process of that uid.
 #[derive(Debug)]
@@ -34,8 +34,9 @@ impl Laptop {
 
     /// A laptop with this kubeconfig, in the default place. Panics when commands on it would run as root.
     pub fn with_kubeconfig(cluster: &Cluster, kubeconfig: &str) -> Self {
+        guard::start();
         let directory = tempfile::Builder::new()
-            .prefix("tp-laptop-")
+            .prefix(&format!("tp-laptop-{}-", std::process::id()))
             .tempdir()
             .expect("a temporary folder");
         let laptop = Self {
@@ -312,7 +313,7 @@ fn installed(program: &Path) -> String {
 /// A uid that no other laptop of this machine uses now: from the process id, then counting.
 fn next_uid() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    20_000 + (std::process::id() % 10_000) * 100 + NEXT.fetch_add(1, Ordering::Relaxed) % 100
+    guard::first_uid() + NEXT.fetch_add(1, Ordering::Relaxed) % guard::UIDS
 }
 
 fn owner(pid: u32) -> Option<u32> {

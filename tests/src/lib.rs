@@ -9,6 +9,7 @@
 
 pub mod cluster;
 pub mod connection;
+mod guard;
 pub mod laptop;
 pub mod link;
 pub mod manager;

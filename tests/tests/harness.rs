@@ -1,6 +1,7 @@
 //! The ground the other tests stand on: if one of these fails, what they say means nothing.
 
-use std::process::Command;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tp_tests::{Cluster, Laptop, Link, User};
@@ -131,4 +132,57 @@ fn nothing_of_a_laptop_survives_it() {
         .output()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&left.stdout), "");
+}
+
+#[test]
+fn nothing_of_a_laptop_survives_a_runner_that_is_killed() {
+    let Some(_cluster) = Cluster::shared() else {
+        return;
+    };
+    let mut runner = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--ignored",
+            "--exact",
+            "a_runner_to_be_killed",
+            "--nocapture",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(runner.stdout.take().unwrap()).lines();
+    let said = lines.find_map(|line| Some(line.unwrap().split_once("uid ")?.1.to_owned()));
+    let uid = said.expect("the runner says its laptop's uid");
+
+    runner.kill().unwrap();
+    runner.wait().unwrap();
+
+    let folders = format!("tp-laptop-{}-", runner.id());
+    tp_tests::eventually("nothing of it is left", Duration::from_secs(10), || {
+        let processes = Command::new("pgrep").args(["-u", &uid]).output().unwrap();
+        let left = std::fs::read_dir("/tmp").unwrap().flatten();
+        let folder = left
+            .map(|entry| entry.file_name())
+            .any(|name| name.to_string_lossy().starts_with(&folders));
+        (processes.stdout.is_empty() && !folder).then_some(())
+    });
+}
+
+#[test]
+#[ignore = "it is the runner that another test starts and kills"]
+fn a_runner_to_be_killed() {
+    let Some(cluster) = Cluster::shared() else {
+        return;
+    };
+    let laptop = Laptop::admin(&cluster);
+    // As a daemon is: in a session of its own.
+    let mut sleeper = laptop.command("setsid", &["sleep", "300"]).spawn().unwrap();
+    tp_tests::eventually("it sleeps", Duration::from_secs(5), || {
+        let processes = laptop.processes();
+        processes
+            .iter()
+            .any(|(_, line)| line.starts_with("sleep"))
+            .then_some(())
+    });
+    println!("uid {}", laptop.uid());
+    sleeper.wait().unwrap();
 }
