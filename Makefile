@@ -26,7 +26,7 @@ demo-cluster: binaries image cluster ## the same story on the real cluster
 test: packages cluster binaries image test-only ## installs what tests need, brings up the cluster, runs all
 
 test-only: ## the tests alone; everything must be built
-	cargo test --locked --workspace --no-fail-fast
+	@tests/run.sh
 
 binaries: ## tp and tp-manager as static release binaries, and the tests' own tools
 	cargo build --locked $(STATIC) -p tp -p tp-manager -p tp-tests --bins
