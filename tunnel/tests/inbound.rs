@@ -16,8 +16,8 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tp_tunnel::{
-    ByteStream, DialError, DialErrorKind, Flow, FlowError, NotOpened, OpenError, POSTED_MAX,
-    Service, Target, Tunnel, TunnelError, Workstation, join, relay, serve,
+    ByteStream, DialError, DialErrorKind, Dialed, Flow, FlowError, NotOpened, OpenError,
+    POSTED_MAX, Service, Target, Tunnel, TunnelError, Workstation, join, relay, serve,
 };
 
 const PEER: &str = "10.1.2.3:4567";
@@ -29,11 +29,11 @@ struct Agent {
 }
 
 impl Service for Agent {
-    fn dial(&self, _: Target) -> BoxFuture<'_, Result<TcpStream, DialError>> {
+    fn dial(&self, _: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
         Box::pin(async { Err(DialError::new(DialErrorKind::Forbidden, "nothing to dial")) })
     }
 
-    fn associate(&self, _: Target) -> BoxFuture<'_, Result<UdpSocket, DialError>> {
+    fn associate(&self, _: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>> {
         Box::pin(async { Err(DialError::new(DialErrorKind::Forbidden, "nothing to dial")) })
     }
 
