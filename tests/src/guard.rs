@@ -47,7 +47,7 @@ ours() {
   done
 }
 while pids=$(ours) && [ -n "$pids" ]; do kill -9 $pids 2>/dev/null; done
-rm -rf /tmp/tp-laptop-"$runner"-*
+rm -rf "${TMPDIR:-/tmp}/tp-laptop-$runner-"*
 [ -z "$TP_TEST_KEEP" ] || exit 0
 left=$("$kubectl" --kubeconfig "$kubeconfig" get namespaces -o name 2>/dev/null | grep -E -- "-$runner-[0-9]+$")
 [ -z "$left" ] || "$kubectl" --kubeconfig "$kubeconfig" delete --wait=false --ignore-not-found $left

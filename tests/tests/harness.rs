@@ -159,7 +159,7 @@ fn nothing_of_a_laptop_survives_a_runner_that_is_killed() {
     let folders = format!("tp-laptop-{}-", runner.id());
     tp_tests::eventually("nothing of it is left", Duration::from_secs(10), || {
         let processes = Command::new("pgrep").args(["-u", &uid]).output().unwrap();
-        let left = std::fs::read_dir("/tmp").unwrap().flatten();
+        let left = std::fs::read_dir(std::env::temp_dir()).unwrap().flatten();
         let folder = left
             .map(|entry| entry.file_name())
             .any(|name| name.to_string_lossy().starts_with(&folders));
