@@ -232,7 +232,7 @@ fn a_connection_outlives_the_api_server() {
     let laptop = Laptop::of(&cluster, &User::of_namespace(&cluster, "ada", &namespace));
     let tp = laptop.connect(&[]);
     let flow = open_flow(&tp);
-    let down = ApiServerDown::now();
+    let down = ApiServerDown::now(&cluster);
 
     let (received, end) = flow.wait();
     assert_eq!(
@@ -260,12 +260,12 @@ fn a_connection_outlives_the_api_server() {
 }
 
 /// While it lives the cluster has no API server; dropping it starts one and waits until that is ready.
-struct ApiServerDown;
+struct ApiServerDown<'a>(&'a Cluster);
 
-impl ApiServerDown {
-    fn now() -> Self {
+impl<'a> ApiServerDown<'a> {
+    fn now(cluster: &'a Cluster) -> Self {
         Self::order("kill");
-        Self
+        Self(cluster)
     }
 
     fn order(what: &str) {
@@ -281,13 +281,19 @@ impl ApiServerDown {
     }
 }
 
-impl Drop for ApiServerDown {
+impl Drop for ApiServerDown<'_> {
     fn drop(&mut self) {
         Self::order("start");
         let status = || Command::new(scripts().join("status.sh")).output();
         eventually("the cluster is up again", Duration::from_secs(60), || {
             let up = status().is_ok_and(|status| status.status.success());
             up.then_some(())
+        });
+        // The controllers find it a moment later, and the next test needs them.
+        let namespace = self.0.namespace("recovered");
+        let account = ["-n", &namespace.name, "get", "serviceaccount", "default"];
+        eventually("the controllers work", Duration::from_secs(60), || {
+            self.0.try_kubectl(&account).succeeded().then_some(())
         });
     }
 }
