@@ -50,6 +50,14 @@ impl Failure {
         }
     }
 
+    /// What and why as one line, for a log or a table.
+    pub fn one_line(&self) -> String {
+        let mut parts = vec![self.what.as_str()];
+        parts.extend(self.why.iter().map(String::as_str));
+        parts.dedup();
+        parts.join(": ")
+    }
+
     /// Adds one cause below those that are there.
     #[must_use]
     pub fn because(mut self, why: impl Into<String>) -> Self {

@@ -10,7 +10,6 @@ use super::key_file;
 use super::login::Login;
 use super::parameters::{Parameters, Way};
 use super::session::SessionLease;
-use super::supervisor::one_line;
 use crate::kubeconfig::Cluster;
 use crate::report::Failure;
 use crate::temporary::{self, TemporaryManager};
@@ -173,7 +172,7 @@ impl Access {
             && let Err(failure) = lease.end().await
         {
             tracing::warn!(
-                error = one_line(&failure),
+                error = failure.one_line(),
                 "session not deleted; it will expire"
             );
         }
@@ -181,7 +180,7 @@ impl Access {
             && let Err(failure) = stop(&manager, login, &self.namespace).await
         {
             tracing::warn!(
-                error = one_line(&failure),
+                error = failure.one_line(),
                 "temporary manager not deleted; it will end by itself"
             );
         }

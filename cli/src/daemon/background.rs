@@ -20,7 +20,6 @@ use super::control::{read_line, write_line};
 use super::parameters::Parameters;
 use super::running::{self, LogTo, Running, Started};
 use super::status::ConnectionStatus;
-use super::supervisor::one_line;
 use crate::report::{Failure, OrFail};
 
 /// Name of the hidden command that is a daemon.
@@ -143,7 +142,7 @@ pub async fn run() -> Result<(), Failure> {
 async fn live(mut running: Running, stop: CancellationToken) {
     tokio::select! {
         failure = running.ended() => {
-            tracing::error!(error = one_line(&failure), "the connection is over");
+            tracing::error!(error = failure.one_line(), "the connection is over");
             running.leave_word(&failure);
         }
         () = stop.cancelled() => tracing::info!("asked to end"),

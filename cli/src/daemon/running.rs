@@ -28,7 +28,7 @@ use super::parameters::{Parameters, Way};
 use super::screen::Screen;
 use super::services::{self, Known};
 use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
-use super::supervisor::{Facts, Supervisor, one_line};
+use super::supervisor::{Facts, Supervisor};
 use super::{environment, listen, log, peers};
 use crate::huge_pages;
 use crate::proxy::{self, Counters, split::Split, split::UserRules};
@@ -126,7 +126,7 @@ pub async fn start(
     match started {
         Ok(parts) => Ok(Started::Up(parts.into_running(claim, access))),
         Err(failure) => {
-            tracing::error!(error = one_line(&failure), "not connected");
+            tracing::error!(error = failure.one_line(), "not connected");
             access.end().await;
             claim.release();
             Err(failure)
@@ -406,7 +406,7 @@ impl Shared {
                 .chain(&facts.overlaps)
                 .cloned()
                 .collect(),
-            error: facts.error.as_ref().map(one_line),
+            error: facts.error.as_ref().map(Failure::one_line),
             hint: facts.error.and_then(|failure| failure.hint),
             log: self.log.clone(),
             pid: std::process::id(),
@@ -435,9 +435,10 @@ async fn probe(tunnel: &Tunnel) -> ProbeStatus {
     let error = match asked.await {
         Ok(Ok(answer)) if answer.status().is_success() => None,
         Ok(Ok(answer)) => Some(format!("the manager answered {}", answer.status())),
-        Ok(Err(error)) => Some(one_line(
-            &Failure::new("the tunnel failed").caused_by(&error),
-        )),
+        Ok(Err(error)) => {
+            let failure = Failure::new("the tunnel failed").caused_by(&error);
+            Some(failure.one_line())
+        }
         Err(_) => Some(format!("no answer within {PROBE_WITHIN:?}")),
     };
     ProbeStatus {

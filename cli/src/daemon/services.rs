@@ -16,7 +16,6 @@ use kube::{Api, ResourceExt};
 use tokio::sync::watch;
 
 use super::login::Login;
-use super::supervisor::one_line;
 use crate::kubeconfig::Cluster;
 use crate::report::Failure;
 
@@ -33,7 +32,7 @@ pub async fn follow(login: Login, namespace: String, known_tx: watch::Sender<Kno
             Ok(cluster) => follow_until_refused(&cluster, &namespace, &known_tx).await,
             Err(failure) => failure,
         };
-        tracing::info!(reason = one_line(&refused), "Services are not known");
+        tracing::info!(reason = refused.one_line(), "Services are not known");
         tokio::time::sleep(REFUSED_PAUSE).await;
     }
 }

@@ -21,7 +21,6 @@ use tp_tunnel::{Identity, KeyHash};
 use super::connection::Severity;
 use super::login::Login;
 use super::status::SessionStatus;
-use super::supervisor::one_line;
 use super::unmet::Unmet;
 use crate::kubeconfig::Cluster;
 use crate::report::Failure;
@@ -189,7 +188,7 @@ impl SessionLease {
     /// The expired object lets nobody in any more, and the manager removes it if this cannot; its key has been seen.
     async fn replace(&self) -> Result<(), Unmet> {
         if let Err(failure) = self.end().await {
-            tracing::debug!(error = one_line(&failure), "expired session not deleted");
+            tracing::debug!(error = failure.one_line(), "expired session not deleted");
         }
         *self.lock() = Object::unwritten();
         self.create().await

@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::supervisor::one_line;
 use crate::report::Failure;
 
 /// One connection, as it was found just now.
@@ -188,7 +187,7 @@ impl ConnectionStatus {
 
     /// What is left of a connection that ended by itself, and the failure that ended it.
     pub fn ended(name: &str, why: Option<Failure>, log: PathBuf) -> Self {
-        let error = why.as_ref().map(one_line).unwrap_or_default();
+        let error = why.as_ref().map(Failure::one_line).unwrap_or_default();
         Self {
             hint: why.and_then(|failure| failure.hint),
             ..Self::lifeless(name, State::Ended, &error, log)

@@ -249,7 +249,7 @@ impl Supervisor {
     }
 
     fn stayed_down(&self, connection: &Connection, failure: &Failure) {
-        tracing::warn!(error = one_line(failure), "cannot reconnect yet");
+        tracing::warn!(error = failure.one_line(), "cannot reconnect yet");
         self.facts_tx.send_modify(|facts| {
             facts.phase = connection.phase();
             facts.error = Some(failure.clone());
@@ -374,7 +374,7 @@ impl Supervisor {
                         self.set_view(view.clone());
                     }
                     Err(failure) => {
-                        tracing::debug!(error = one_line(&failure), "no view of the cluster");
+                        tracing::debug!(error = failure.one_line(), "no view of the cluster");
                         tokio::time::sleep(VIEW_RETRY).await;
                     }
                 },
@@ -395,7 +395,7 @@ impl Supervisor {
                 Ok(()) => None,
                 Err(unmet) if unmet.severity == Severity::Final => return unmet.failure,
                 Err(unmet) => {
-                    tracing::warn!(error = one_line(&unmet.failure), "session not renewed yet");
+                    tracing::warn!(error = unmet.failure.one_line(), "session not renewed yet");
                     Some(unmet.failure.within("the session is not renewed yet"))
                 }
             };
@@ -487,7 +487,7 @@ async fn drain(tunnel: Tunnel, driver: DriverTask, (up, down): Carried) -> Carri
 fn why_ended(ended: Result<Result<(), TunnelError>, JoinError>) -> String {
     match ended {
         Ok(Ok(())) => "the manager closed it".to_owned(),
-        Ok(Err(error)) => one_line(&Failure::new(error.to_string()).caused_by(&error)),
+        Ok(Err(error)) => Failure::new(error.to_string()).caused_by(&error).one_line(),
         Err(panic) => format!("its driver ended: {panic}"),
     }
 }
@@ -544,14 +544,6 @@ where
         ))
     };
     Err(first_failure.unwrap_or_else(nowhere))
-}
-
-/// A failure as one line for a log or a table.
-pub fn one_line(failure: &Failure) -> String {
-    let mut parts = vec![failure.what.as_str()];
-    parts.extend(failure.why.iter().map(String::as_str));
-    parts.dedup();
-    parts.join(": ")
 }
 
 /// Tokio's clock, so that tests can pause it.

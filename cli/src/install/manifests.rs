@@ -69,7 +69,7 @@ pub fn disruption_budget(settings: &Settings) -> Value {
     json!({
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
-        "metadata": named(settings, MANAGER_NAME),
+        "metadata": settings.metadata(MANAGER_NAME),
         "spec": { "maxUnavailable": 1, "selector": { "matchLabels": pod_labels() } },
     })
 }
@@ -102,7 +102,7 @@ fn service_account(settings: &Settings) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": named(settings, MANAGER_NAME),
+        "metadata": settings.metadata(MANAGER_NAME),
         "automountServiceAccountToken": false,
     })
 }
@@ -113,7 +113,7 @@ fn network_policy(settings: &Settings) -> Value {
     json!({
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": named(settings, MANAGER_NAME),
+        "metadata": settings.metadata(MANAGER_NAME),
         "spec": {
             "podSelector": { "matchLabels": pod_labels() },
             "policyTypes": ["Ingress"],
@@ -129,7 +129,7 @@ fn service(settings: &Settings) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": named(settings, MANAGER_NAME),
+        "metadata": settings.metadata(MANAGER_NAME),
         "spec": {
             "selector": pod_labels(),
             "ports": [
@@ -146,7 +146,7 @@ fn deployment(settings: &Settings) -> Value {
     } else {
         "release"
     };
-    let mut metadata = named(settings, MANAGER_NAME);
+    let mut metadata = settings.metadata(MANAGER_NAME);
     metadata["annotations"] = json!({ IMAGE_CHOICE: choice });
     json!({
         "apiVersion": "apps/v1",
@@ -255,11 +255,6 @@ pub fn container_security() -> Value {
         "readOnlyRootFilesystem": true,
         "capabilities": { "drop": ["ALL"] },
     })
-}
-
-/// Metadata of a namespaced object.
-pub(super) fn named(settings: &Settings, name: &str) -> Value {
-    json!({ "name": name, "namespace": settings.namespace })
 }
 
 fn pod_labels() -> Value {

@@ -5,6 +5,7 @@
 //! knows of sessions or of the tunnel.
 
 use k8s_openapi::api::apps::v1::Deployment;
+use serde_json::{Value, json};
 use tp_manager_api::{MANAGER_NAME, MANAGER_NAMESPACE};
 
 pub mod apply;
@@ -53,6 +54,13 @@ pub struct Settings {
     /// Whether the API server has no ServiceCIDR objects (before Kubernetes 1.33), so that the manager has to learn
     /// the Services' range from a refused dry-run.
     pub ranges_by_dry_run: bool,
+}
+
+impl Settings {
+    /// Metadata of an object in the manager's namespace.
+    fn metadata(&self, name: &str) -> Value {
+        json!({ "name": name, "namespace": self.namespace })
+    }
 }
 
 impl Default for Settings {

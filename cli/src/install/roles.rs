@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 use tp_manager_api::{EGRESS, GROUP, KEY_SECRET, MANAGER_NAME, OTHERS, SESSIONS};
 
 use super::Settings;
-use super::manifests::named;
 
 const INTERCEPTS: &str = "intercepts";
 /// What someone does with their own objects. Not listing: a Session says who works from where.
@@ -55,7 +54,7 @@ pub(super) fn for_manager(settings: &Settings) -> Vec<Value> {
         json!({
             "apiVersion": "rbac.authorization.k8s.io/v1",
             "kind": "RoleBinding",
-            "metadata": named(settings, MANAGER_NAME),
+            "metadata": settings.metadata(MANAGER_NAME),
             "roleRef": role_ref("Role"),
             "subjects": [account(settings)],
         }),
@@ -135,7 +134,7 @@ fn role(settings: &Settings, name: &str, rules: Vec<Value>) -> Value {
     json!({
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "Role",
-        "metadata": named(settings, name),
+        "metadata": settings.metadata(name),
         "rules": rules,
     })
 }
