@@ -30,6 +30,7 @@ test-only: ## the tests alone; everything must be built
 
 binaries: ## tp and tp-manager as static release binaries, and the tests' own tools
 	cargo build --locked $(STATIC) -p tp -p tp-manager -p tp-tests --bins
+	@echo 'programs: $(TP_BIN_DIR)'
 
 image: binaries ## the manager's image, as target/image/tp.tar
 	manager/image.sh
