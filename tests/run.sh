@@ -12,7 +12,8 @@ logs=$(mktemp -d); trap 'rm -rf "$logs"' EXIT
 for file in "${waiting[@]}"; do run --test "$file" >"$logs/$file" 2>&1 & pids+=($!); done
 
 others=()
-for file in */tests/*.rs; do
+shopt -s nullglob
+for file in */tests/*.rs */*/tests/*.rs; do
   name=$(basename "$file" .rs)
   [[ " ${waiting[*]} " = *" $name "* ]] || others+=(--test "$name")
 done
