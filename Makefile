@@ -11,7 +11,7 @@ export TP_BIN_DIR = $(CARGO_TARGET_DIR)/$(TARGET)/release
 IMAGE   := target/image/tp.tar
 CLUSTER := tests/cluster
 
-.PHONY: help demo demo-cluster test test-only binaries image cluster cluster-down packages lint fuzz fuzz-smoke soak bench bench-cluster
+.PHONY: help demo demo-cluster test test-only binaries image cluster cluster-down packages lint fuzz fuzz-smoke soak bench bench-cluster bench-run
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -60,9 +60,14 @@ fuzz-smoke: ## twenty seconds for each fuzz target
 soak: packages cluster binaries image ## the long counts: 100,000 short connections, 10,000 idle flows
 	TP_SOAK=1 cargo test --locked -p tp-tests --test many_flows -- --nocapture --test-threads=1
 
-bench: bench-cluster ## the benchmarks, each against its peer in the same run
+bench: bench-cluster bench-run ## the benchmarks, each against its peer in the same run
 	$(CARGO_TARGET_DIR)/release/tunnel
 	cargo bench --locked -p tp-netstack
+
+bench-run: binaries ## tp run beside loopback, slirp4netns, pasta, sshuttle and ssh -L, in namespaces of its own; needs root
+	tests/packages.sh iproute2 mount util-linux nftables slirp4netns passt sshuttle openssh-client openssh-server
+	cargo build --locked --release -p tp-benches --bin run --bin peer
+	$(CARGO_TARGET_DIR)/release/run $(QUESTIONS)
 
 bench-cluster: packages cluster binaries image ## tp beside kubectl port-forward on the test cluster
 	cargo build --locked --release -p tp-benches --bins

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Installs the Debian packages that the integration tests use, where they are missing. Starts no service.
-# They are clients and tools only; the servers that tests talk to run in the cluster (cluster/build-servers.sh).
+# Installs the Debian packages that the integration tests use, or those it is given, where they are missing. Starts no
+# service. They are clients and tools only; the servers that tests talk to run in the cluster (cluster/build-servers.sh).
 set -eu
 packages=(
   acl curl jq netcat-openbsd iproute2 nftables socat   # plumbing
@@ -12,6 +12,7 @@ packages=(
   debootstrap                                          # cluster/build-servers.sh
   openssh-client                                       # ssh through the proxy
 )
+[ $# = 0 ] || packages=("$@")
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
@@ -19,7 +20,7 @@ done
 [ ${#missing[@]} = 0 ] && exit 0
 
 if [ "$(id -u)" != 0 ]; then
-  echo "error: the integration tests need these Debian packages, and only root can install them: ${missing[*]}" >&2
+  echo "error: these Debian packages are needed, and only root can install them: ${missing[*]}" >&2
   exit 1
 fi
 echo "installing ${missing[*]}"

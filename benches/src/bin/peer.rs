@@ -1,11 +1,13 @@
 //! The far end of the cluster benches: one TCP server that sends, receives or echoes as the first bytes ask.
 //!
 //! A request is one command byte and a big-endian 64-bit count: `D n` sends n bytes, `U n` reads n bytes and answers one
-//! byte, `E` echoes whatever comes until the client ends its half, `F` sends one byte at once (a server-first
-//! protocol, asked by port and not by the client: it is served on the port after). It knows nothing of what lies between.
+//! byte, `E` echoes whatever comes until the client ends its half, `O` echoes one byte and ends the connection, `H` echoes
+//! one byte and holds the connection without a thread, `F` sends one byte at once (a server-first protocol, asked by port
+//! and not by the client: it is served on the port after). It knows nothing of what lies between.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::Mutex;
 use std::thread;
 
 /// Bytes a call hands to the kernel; large enough that the system call's price disappears.
@@ -44,8 +46,34 @@ fn serve(mut stream: TcpStream) -> io::Result<()> {
             stream.write_all(b".")
         }
         b'E' => echo(stream),
+        b'O' => {
+            stream.read_exact(&mut command)?;
+            stream.write_all(&command)
+        }
+        b'H' => {
+            stream.read_exact(&mut command)?;
+            stream.write_all(&command)?;
+            hold(stream)
+        }
         _ => Err(io::ErrorKind::InvalidInput.into()),
     }
+}
+
+/// Keeps a connection, and lets go of those whose clients have.
+fn hold(stream: TcpStream) -> io::Result<()> {
+    const LOOK_EVERY: usize = 1000;
+    static HELD: Mutex<Vec<TcpStream>> = Mutex::new(Vec::new());
+    stream.set_nonblocking(true)?;
+    let mut held = HELD.lock().expect("nobody panics with it");
+    held.push(stream);
+    if held.len().is_multiple_of(LOOK_EVERY) {
+        held.retain(|stream| {
+            stream
+                .peek(&mut [0])
+                .is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        });
+    }
+    Ok(())
 }
 
 fn count(stream: &mut TcpStream) -> io::Result<u64> {

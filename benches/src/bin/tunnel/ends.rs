@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{Request, Response};
 use tokio::net::{TcpStream, UdpSocket};
+use tp_benches::process::{Running, wait_for};
 use tp_tunnel::carrier::{self, ReadAhead, tls};
 use tp_tunnel::{
     BoxedStream, DialError, DialErrorKind, Dialed, Host, Identity, Service, Target, Tunnel, relay,
@@ -28,28 +29,6 @@ pub(crate) struct Path {
     pub(crate) address: SocketAddr,
     /// The near end first.
     pub(crate) processes: Vec<Running>,
-}
-
-/// A child that does not outlive its path.
-pub(crate) struct Running(pub(crate) Child);
-
-impl Running {
-    /// Resident memory, in bytes.
-    pub(crate) fn resident(&self) -> anyhow::Result<u64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .context("no VmRSS")?;
-        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 impl Path {
@@ -110,10 +89,6 @@ fn start(arguments: &[&str], identity: &Identity) -> anyhow::Result<(Running, So
     ))
 }
 
-pub(crate) fn free_address() -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
-}
-
 /// The peer takes its port and the one after it. They lie below the range from which the kernel takes source ports.
 fn free_pair() -> anyhow::Result<SocketAddr> {
     let start = 20_000 + (std::process::id() % 5_000) as u16 * 2;
@@ -126,16 +101,6 @@ fn free_pair() -> anyhow::Result<SocketAddr> {
         })
         .map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
         .context("no two free ports side by side")
-}
-
-pub(crate) fn wait_for(address: SocketAddr) -> anyhow::Result<()> {
-    for _ in 0..200 {
-        if std::net::TcpStream::connect(address).is_ok() {
-            return Ok(());
-        }
-        std::thread::sleep(std::time::Duration::from_millis(25));
-    }
-    bail!("nothing listens on {address}")
 }
 
 /// Runs one role in this process, on one thread.

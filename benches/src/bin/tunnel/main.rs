@@ -6,15 +6,15 @@
 //! compared paths alternate, so that a busy machine slows all of them alike.
 
 mod ends;
-mod load;
-mod ssh;
 mod table;
 
 use std::time::Duration;
 
 use ends::{Carrier, Path};
-use load::Direction;
 use table::Table;
+use tp_benches::load::{self, Direction};
+use tp_benches::process::{Running, free_address};
+use tp_benches::ssh;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -91,9 +91,10 @@ fn loopback() -> anyhow::Result<()> {
 /// B12: one and eight flows through TLS against OpenSSH's local forwarding.
 fn ssh_forward() -> anyhow::Result<()> {
     let direct = Path::direct()?;
-    let Some(ssh) = ssh::forward(&direct)? else {
+    let Some(server) = ssh::Server::start(free_address()?)? else {
         return Ok(());
     };
+    let ssh = server.forward(direct.address)?;
     let tls = Path::tunnel(&direct, Carrier::Tls)?;
     for flows in [1, 8] {
         let title = format!("B12 tunnel with TLS / ssh -L, {flows} flow(s), MB/s (target >= 2)");
@@ -119,16 +120,12 @@ fn ssh_forward() -> anyhow::Result<()> {
         "ssh -L",
     );
     for _ in 0..rounds() {
-        for (name, path) in [("ssh -L", &ssh), ("h2 + TLS", &tls)] {
-            table.add(
-                "connect",
-                name,
-                load::connect_times(path.address, 300)?.p50_us(),
-            );
+        for (name, address) in [("ssh -L", ssh.address), ("h2 + TLS", tls.address)] {
+            table.add("connect", name, load::connect_times(address, 300)?.p50_us());
             table.add(
                 "round trip",
                 name,
-                load::round_trips(path.address, 2000)?.p50_us(),
+                load::round_trips(address, 2000)?.p50_us(),
             );
         }
     }
@@ -205,21 +202,18 @@ fn stalled() -> anyhow::Result<()> {
 /// What an idle flow costs in resident memory at each end, all of the process included.
 fn idle() -> anyhow::Result<()> {
     const FLOWS: usize = 4000;
-    let held = Path {
-        address: load::holder()?,
-        processes: Vec::new(),
-    };
+    let direct = Path::direct()?;
     let mut table = Table::new(
         "memory of one idle flow among 4,000, bytes (target entry <= 12288, exit <= 20480)",
         "entry",
     );
     for _ in 0..3 {
-        let tls = Path::tunnel(&held, Carrier::Tls)?;
+        let tls = Path::tunnel(&direct, Carrier::Tls)?;
         let first = load::idle_flows(tls.address, 100)?;
         let before: Vec<u64> = tls
             .processes
             .iter()
-            .map(ends::Running::resident)
+            .map(Running::resident)
             .collect::<Result<_, _>>()?;
         let flows = load::idle_flows(tls.address, FLOWS)?;
         for ((name, process), before) in ["entry", "exit"]

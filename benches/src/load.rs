@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -11,10 +12,17 @@ use std::time::{Duration, Instant};
 const BLOCK: usize = 256 * 1024;
 
 /// Which way the bytes go, seen from the load generator.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Direction {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From it.
     Up,
+    /// To it.
     Down,
+}
+
+impl Direction {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Up, Self::Down];
 }
 
 impl fmt::Display for Direction {
@@ -26,8 +34,23 @@ impl fmt::Display for Direction {
     }
 }
 
+impl FromStr for Direction {
+    type Err = io::Error;
+
+    fn from_str(text: &str) -> io::Result<Self> {
+        match text {
+            "up" => Ok(Self::Up),
+            "down" => Ok(Self::Down),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+}
+
 /// MB/s of `flows` flows that move `total` bytes together, from the first connection to the last confirmed byte.
-pub(crate) fn throughput(
+///
+/// # Errors
+/// A flow ended early.
+pub fn throughput(
     address: SocketAddr,
     direction: Direction,
     flows: u64,
@@ -77,14 +100,16 @@ fn command(stream: &mut TcpStream, kind: u8, count: u64) -> io::Result<()> {
 }
 
 /// Times in the order of their length.
-pub(crate) struct Times(Vec<Duration>);
+pub struct Times(Vec<Duration>);
 
 impl Times {
-    pub(crate) fn p50_us(&self) -> f64 {
+    /// Microseconds that half of them took at most.
+    pub fn p50_us(&self) -> f64 {
         self.at(0.50)
     }
 
-    pub(crate) fn p99_us(&self) -> f64 {
+    /// Microseconds that 99 of 100 took at most.
+    pub fn p99_us(&self) -> f64 {
         self.at(0.99)
     }
 
@@ -94,7 +119,10 @@ impl Times {
 }
 
 /// Round trips of one byte on one flow.
-pub(crate) fn round_trips(address: SocketAddr, count: usize) -> io::Result<Times> {
+///
+/// # Errors
+/// The flow ended.
+pub fn round_trips(address: SocketAddr, count: usize) -> io::Result<Times> {
     let mut stream = echo(address)?;
     times(count, || {
         stream.write_all(b"x")?;
@@ -103,12 +131,45 @@ pub(crate) fn round_trips(address: SocketAddr, count: usize) -> io::Result<Times
 }
 
 /// New flows, each until its first echoed byte.
-pub(crate) fn connect_times(address: SocketAddr, count: usize) -> io::Result<Times> {
+///
+/// # Errors
+/// A flow could not be opened, or ended.
+pub fn connect_times(address: SocketAddr, count: usize) -> io::Result<Times> {
     times(count, || {
         let mut stream = echo(address)?;
         stream.write_all(b"x")?;
         stream.read_exact(&mut [0])
     })
+}
+
+/// Connections per second: opened, one byte echoed, ended in order by the far peer and then here, `at_once` at a time.
+///
+/// The far peer ends first, so that TIME-WAIT takes no port of whoever connects.
+///
+/// # Errors
+/// One of them failed.
+pub fn connections(address: SocketAddr, at_once: u64, count: u64) -> io::Result<f64> {
+    let start = Instant::now();
+    let threads: Vec<_> = (0..at_once)
+        .map(|_| thread::spawn(move || (0..count / at_once).try_for_each(|_| once(address))))
+        .collect();
+    for thread in threads {
+        thread.join().expect("no panic in a connection")?;
+    }
+    Ok((count / at_once * at_once) as f64 / start.elapsed().as_secs_f64())
+}
+
+fn once(address: SocketAddr) -> io::Result<()> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    stream.write_all(b"Ox")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    if answer == b"x" {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
 }
 
 fn echo(address: SocketAddr) -> io::Result<TcpStream> {
@@ -130,23 +191,30 @@ fn times(count: usize, mut step: impl FnMut() -> io::Result<()>) -> io::Result<T
 }
 
 /// A flow whose reader takes nothing while its sender sends all it can.
-pub(crate) struct Stalled(TcpStream);
+pub struct Stalled(TcpStream);
 
 impl Stalled {
-    pub(crate) fn open(address: SocketAddr) -> io::Result<Self> {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn open(address: SocketAddr) -> io::Result<Self> {
         let mut stream = TcpStream::connect(address)?;
         command(&mut stream, b'D', u64::MAX)?;
         Ok(Self(stream))
     }
 
     /// The flow was slowed and not ended: its bytes are still there to read.
-    pub(crate) fn still_alive(mut self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn still_alive(mut self) -> io::Result<()> {
         self.0.read_exact(&mut [0; BLOCK])
     }
 }
 
 /// A flow that moves all it can until it is stopped.
-pub(crate) struct Saturating {
+pub struct Saturating {
     stop: Arc<AtomicBool>,
     moved: Arc<AtomicU64>,
     thread: JoinHandle<()>,
@@ -154,7 +222,11 @@ pub(crate) struct Saturating {
 }
 
 impl Saturating {
-    pub(crate) fn start(address: SocketAddr, direction: Direction) -> io::Result<Self> {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn start(address: SocketAddr, direction: Direction) -> io::Result<Self> {
         let mut stream = TcpStream::connect(address)?;
         let (stop, moved) = (
             Arc::new(AtomicBool::new(false)),
@@ -186,7 +258,10 @@ impl Saturating {
     }
 
     /// Ends it and returns its MB/s.
-    pub(crate) fn stop(self) -> f64 {
+    ///
+    /// # Panics
+    /// When the flow broke.
+    pub fn stop(self) -> f64 {
         let rate =
             self.moved.load(Ordering::Relaxed) as f64 / self.start.elapsed().as_secs_f64() / 1e6;
         self.stop.store(true, Ordering::Relaxed);
@@ -195,32 +270,15 @@ impl Saturating {
     }
 }
 
-/// A destination that echoes the first byte of every flow and then keeps the flow open.
-pub(crate) fn holder() -> io::Result<SocketAddr> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let address = listener.local_addr()?;
-    thread::spawn(move || {
-        let mut held = Vec::new();
-        for mut stream in listener.incoming().flatten() {
-            let mut byte = [0];
-            if stream
-                .read_exact(&mut byte)
-                .and_then(|()| stream.write_all(&byte))
-                .is_ok()
-            {
-                held.push(stream);
-            }
-        }
-    });
-    Ok(address)
-}
-
 /// Flows that have carried a byte each way and are idle since.
-pub(crate) fn idle_flows(address: SocketAddr, count: usize) -> io::Result<Vec<TcpStream>> {
+///
+/// # Errors
+/// One of them could not be opened.
+pub fn idle_flows(address: SocketAddr, count: usize) -> io::Result<Vec<TcpStream>> {
     (0..count)
         .map(|_| {
             let mut stream = TcpStream::connect(address)?;
-            stream.write_all(b"x")?;
+            stream.write_all(b"Hx")?;
             stream.read_exact(&mut [0])?;
             Ok(stream)
         })
