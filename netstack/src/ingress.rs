@@ -99,12 +99,23 @@ impl Stack {
         let destination = SocketAddr::new(headers.destination, tcp.dst_port());
         let key = FlowKey::new(source, destination);
         match self.demux.find(&key) {
-            Some(index) => self.feed(now, index, packet, &tcp),
+            Some(index) => {
+                self.fetch(index);
+                self.feed(now, index, packet, &tcp)
+            }
             None if tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin() => {
                 self.open(now, key, packet, &tcp)
             }
             None => self.handle_stray(now, key, &tcp),
         }
+    }
+
+    /// Asks for all that lies about a flow at once. Among thousands of flows none of it is in a near cache, and TCP would
+    /// else wait for each line in turn.
+    fn fetch(&self, index: u32) {
+        self.places.fetch(index);
+        self.flows.fetch(index);
+        self.wheel.fetch(index);
     }
 
     /// Gives a segment to its flow's socket.
@@ -180,6 +191,9 @@ impl Stack {
         let (index, generation) =
             self.flows
                 .insert(Flow::new(key, loan, segment, syn, self.clock.tick(now)));
+        if let Some(loan) = self.flows.get(index).and_then(|flow| flow.loan.as_ref()) {
+            self.places.note(index, &loan.socket);
+        }
         self.demux.insert(key, index);
         let id = FlowId { index, generation };
         self.events.push_back(Event::FlowOpened {

@@ -25,6 +25,7 @@ use crate::linger::Linger;
 use crate::outbox::Outbox;
 use crate::rings::Pool;
 use crate::slab::Slab;
+use crate::sys::Places;
 use crate::timers::{Tick, Wheel};
 use crate::udp::Associations;
 
@@ -209,6 +210,7 @@ pub struct Stack {
     pool: Pool,
     wheel: Wheel,
     dirty: VecDeque<u32>,
+    places: Places,
     outbox: Outbox,
     events: VecDeque<Event>,
     fragments: Fragments,
@@ -292,6 +294,7 @@ impl Stack {
             pool: Pool::new(config.memory, burst),
             wheel,
             dirty: VecDeque::new(),
+            places: Places::default(),
             outbox: Outbox::new(),
             events: VecDeque::new(),
             fragments: Fragments::new(),

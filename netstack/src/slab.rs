@@ -1,5 +1,7 @@
 //! Numbered places for flows and associations, with a generation so that an old number is recognised.
 
+use crate::sys;
+
 /// Values at small indices that are reused.
 pub(crate) struct Slab<T> {
     slots: Vec<Slot<T>>,
@@ -57,6 +59,13 @@ impl<T> Slab<T> {
 
     pub(crate) fn get_mut(&mut self, index: u32) -> Option<&mut T> {
         self.slots.get_mut(index as usize)?.value.as_mut()
+    }
+
+    /// Asks the processor for the value at `index`, which is about to be used.
+    pub(crate) fn fetch(&self, index: u32) {
+        if let Some(slot) = self.slots.get(index as usize) {
+            sys::fetch(slot);
+        }
     }
 
     /// Index of the value that was stored as (index, generation), if it is still there.

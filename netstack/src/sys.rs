@@ -1,10 +1,10 @@
-//! Memory for the ring buffers, straight from the kernel. The only unsafe code of this crate.
+//! Memory for the ring buffers, straight from the kernel, and hints to the processor. The only unsafe code of this crate.
 //!
 //! A flow may buffer half a megabyte each way, yet most never touch more than a page. Anonymous mappings give exactly
 //! that: address space at once, memory when it is written, and memory back on request. It knows nothing of flows.
 #![expect(
     unsafe_code,
-    reason = "mmap, madvise and the slices they give have no safe form"
+    reason = "mmap, madvise, the slices they give and prefetching have no safe form"
 )]
 
 use std::ptr::NonNull;
@@ -74,6 +74,66 @@ impl MappedSocket {
         if socket.recv_queue() == 0 && socket.send_queue() == 0 {
             self.mapping.discard();
         }
+    }
+}
+
+/// Where the sockets of flows lie, by the flows' indices: known without looking at the flow.
+#[derive(Default)]
+pub(crate) struct Places(Vec<Place>);
+
+/// Addresses; 0 for none.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    socket: usize,
+    /// Rings rewind when they run empty, so that a flow of small messages stays at their starts.
+    rings: [usize; 2],
+}
+
+impl Places {
+    /// Remembers where the socket of flow `index` lies.
+    pub(crate) fn note(&mut self, index: u32, socket: &MappedSocket) {
+        let index = index as usize;
+        if self.0.len() <= index {
+            self.0.resize(index + 1, Place::default());
+        }
+        let start = socket.mapping.start.addr().get();
+        self.0[index] = Place {
+            socket: std::ptr::from_ref(socket.socket()).addr(),
+            rings: [start, start + socket.mapping.len / 2],
+        };
+    }
+
+    /// Asks the processor for the socket of flow `index`, and for the first bytes of its rings.
+    pub(crate) fn fetch(&self, index: u32) {
+        let Some(place) = self.0.get(index as usize) else {
+            return;
+        };
+        fetch_bytes(place.socket, size_of::<tcp::Socket<'_>>());
+        for ring in place.rings {
+            fetch_bytes(ring, 2 * CACHE_LINE);
+        }
+    }
+}
+
+/// Asks the processor for a value that is about to be used.
+pub(crate) fn fetch<T>(value: &T) {
+    fetch_bytes(std::ptr::from_ref(value).addr(), size_of::<T>());
+}
+
+const CACHE_LINE: usize = 64;
+
+fn fetch_bytes(start: usize, len: usize) {
+    let first = start / CACHE_LINE * CACHE_LINE;
+    for line in (first..start + len).step_by(CACHE_LINE) {
+        // SAFETY: a hint; an address that is not mapped, or not any more, is ignored by the processor.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(line));
+        }
+        // Elsewhere there is no stable intrinsic.
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
     }
 }
 

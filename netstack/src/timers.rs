@@ -3,6 +3,8 @@
 //! One timer per index, in an intrusive list per slot, so arming, moving and cancelling cost the same whatever the number
 //! of flows. Deadlines past one turn of the wheel (about 4 s) stay in their slot for another round. It knows only ticks.
 
+use crate::sys;
+
 /// A point on the wheel, in milliseconds since the stack's epoch.
 pub(crate) type Tick = u64;
 
@@ -60,6 +62,13 @@ impl Wheel {
     pub(crate) fn disarm(&mut self, index: u32) {
         if self.deadline(index).is_some() {
             self.unlink(index);
+        }
+    }
+
+    /// Asks the processor for the timer of `index`, which is about to be used.
+    pub(crate) fn fetch(&self, index: u32) {
+        if let Some(node) = self.nodes.get(index as usize) {
+            sys::fetch(node);
         }
     }
 
