@@ -50,10 +50,7 @@ impl Stack {
             );
             listed += usize::from(found);
             if flow.dirty {
-                assert!(
-                    self.dirty.contains(&index),
-                    "a dirty flow waits in the list"
-                );
+                assert!(self.turns.contains(index), "a dirty flow is in line");
             }
             if flow.phase == Phase::Dialing {
                 assert!(

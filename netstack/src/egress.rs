@@ -13,6 +13,7 @@ use crate::offload::{self, Offload};
 use crate::outbox::Outbox;
 use crate::reply;
 use crate::timers::Tick;
+use crate::turns::Load;
 use crate::{Clock, Config, Event, LONGEST_PACKET, Side, Stack};
 
 /// How often idle memory is looked for, and how long a flow is idle before its rings are given back.
@@ -35,14 +36,12 @@ impl Stack {
         if let Some(sent) = self.poll_outbox(buffer) {
             return Some(sent);
         }
-        while let Some(&index) = self.dirty.front() {
-            if let Some(sent) = self.poll_flow(now, index, buffer) {
-                // Every dirty flow gets one packet before any gets a second.
-                self.dirty.rotate_left(1);
+        while let Some(index) = self.turns.pop() {
+            if let Some((sent, load)) = self.poll_flow(now, index, buffer) {
+                self.turns.push(index, load);
                 self.counters.packets_out += 1;
                 return Some(sent);
             }
-            self.dirty.pop_front();
             self.settle(now, index);
         }
         self.poll_outbox(buffer)
@@ -91,12 +90,13 @@ impl Stack {
         self.wheel.expire(self.clock.tick(now));
     }
 
+    /// A flow's next packet, and what it has left.
     fn poll_flow(
         &mut self,
         now: Instant,
         index: u32,
         buffer: &mut [u8],
-    ) -> Option<(usize, Offload)> {
+    ) -> Option<((usize, Offload), Load)> {
         let time = self.clock.smoltcp(now);
         let flow = self
             .flows
@@ -122,10 +122,8 @@ impl Stack {
             flow.after_packet(last);
         }
         flow.active = self.wheel.now();
-        Some((
-            len,
-            offload::complete(packet, &self.config.offload, flow.segment),
-        ))
+        let offload = offload::complete(packet, &self.config.offload, flow.segment);
+        Some(((len, offload), Load::of(flow.queued())))
     }
 
     /// After a flow has nothing more to send: its next timer, or its end.

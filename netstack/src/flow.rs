@@ -58,7 +58,7 @@ pub(crate) struct Flow {
     pub(crate) syn: u32,
     /// The last acknowledgement sent.
     pub(crate) last: Bare,
-    /// Whether it waits in the dirty list.
+    /// Whether it is in line to send.
     pub(crate) dirty: bool,
     /// Whether pages of its rings may be resident.
     pub(crate) touched: bool,
@@ -324,6 +324,11 @@ impl Flow {
     /// The acknowledgement to repeat after a flow that this side ended first.
     pub(crate) fn farewell(&self) -> Option<Bare> {
         self.is_quiet().then_some(self.last)
+    }
+
+    /// Bytes that the program has not acknowledged, sent or not.
+    pub(crate) fn queued(&self) -> usize {
+        self.socket().map_or(0, tcp::Socket::send_queue)
     }
 
     /// Whether no byte is queued, in flight or behind a gap.

@@ -27,6 +27,7 @@ use crate::rings::Pool;
 use crate::slab::Slab;
 use crate::sys::Places;
 use crate::timers::{Tick, Wheel};
+use crate::turns::{Load, Turns};
 use crate::udp::Associations;
 
 mod checks;
@@ -46,6 +47,7 @@ mod rings;
 mod slab;
 mod sys;
 mod timers;
+mod turns;
 mod udp;
 
 pub use icmp::EchoRequest;
@@ -209,7 +211,7 @@ pub struct Stack {
     linger: Linger,
     pool: Pool,
     wheel: Wheel,
-    dirty: VecDeque<u32>,
+    turns: Turns,
     places: Places,
     outbox: Outbox,
     events: VecDeque<Event>,
@@ -293,7 +295,7 @@ impl Stack {
             linger: Linger::new(config.seed),
             pool: Pool::new(config.memory, burst),
             wheel,
-            dirty: VecDeque::new(),
+            turns: Turns::default(),
             places: Places::default(),
             outbox: Outbox::new(),
             events: VecDeque::new(),
@@ -557,7 +559,7 @@ impl Stack {
         };
         if !flow.dirty {
             flow.dirty = true;
-            self.dirty.push_back(index);
+            self.turns.push(index, Load::of(flow.queued()));
         }
     }
 }
