@@ -135,7 +135,11 @@ impl Stack {
         if flow.phase == Phase::Aborting {
             return self.remove(index);
         }
-        self.progress(index, |flow, tell| flow.progress(false, tell));
+        let given_up = flow.has_given_up(self.wheel.now());
+        if given_up {
+            flow.with_socket(|socket| socket.abort());
+        }
+        self.progress(index, |flow, tell| flow.progress(given_up, tell));
         match self.deadline(now, index) {
             Some(deadline) => self.arm(index, deadline),
             None => self.wheel.disarm(index),
@@ -161,7 +165,7 @@ impl Stack {
             None
         };
         let fin = fin_deadline(flow, socket, tick, &mut self.outbox);
-        [socket, fin, idle_deadline(flow, tick)]
+        [socket, fin, idle_deadline(flow, tick), flow.gives_up_at()]
             .into_iter()
             .flatten()
             .min()

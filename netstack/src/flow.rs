@@ -64,6 +64,8 @@ pub(crate) struct Flow {
     pub(crate) touched: bool,
     /// When a packet last came or went.
     pub(crate) active: Tick,
+    /// Since when the program has owed an acknowledgement and said nothing at all.
+    pub(crate) silent: Option<Tick>,
     /// Whether bytes may wait behind a gap in the receive ring.
     gap: bool,
     /// When our FIN is to be repeated by this crate, and how long the wait for its acknowledgement is.
@@ -89,6 +91,7 @@ impl Flow {
             dirty: false,
             touched: false,
             active: now,
+            silent: None,
             gap: false,
             fin_repeat: None,
             fin: None,
@@ -331,6 +334,33 @@ impl Flow {
         self.socket().map_or(0, tcp::Socket::send_queue)
     }
 
+    /// Whether the program has to acknowledge something: bytes, our SYN or our FIN.
+    pub(crate) fn awaits_acknowledgement(&self) -> bool {
+        self.socket().is_some_and(|socket| match socket.state() {
+            State::SynReceived | State::FinWait1 | State::Closing | State::LastAck => true,
+            State::Established | State::CloseWait => socket.send_queue() > 0,
+            State::Closed | State::Listen | State::SynSent | State::FinWait2 | State::TimeWait => {
+                false
+            }
+        })
+    }
+
+    /// Whether the program owed an acknowledgement and was silent for [`USER_TIMEOUT`].
+    pub(crate) fn has_given_up(&mut self, now: Tick) -> bool {
+        if !self.may_send_packets() || !self.awaits_acknowledgement() {
+            self.silent = None;
+            return false;
+        }
+        now >= *self.silent.get_or_insert(now) + USER_TIMEOUT
+    }
+
+    /// When that will be, if it stays silent.
+    pub(crate) fn gives_up_at(&self) -> Option<Tick> {
+        self.silent
+            .filter(|_| self.may_send_packets())
+            .map(|since| since + USER_TIMEOUT)
+    }
+
     /// Whether no byte is queued, in flight or behind a gap.
     pub(crate) fn is_idle(&self) -> bool {
         !self.gap
@@ -350,6 +380,10 @@ impl Flow {
         }
     }
 }
+
+/// How long a program may owe an acknowledgement without a sign of life, zero-window probes included, before its flow is
+/// given up (RFC 9293 §3.8.3: at least 100 s, and 3 minutes for a SYN).
+const USER_TIMEOUT: Tick = 180_000;
 
 fn has_received_fin(state: State) -> bool {
     match state {

@@ -142,6 +142,7 @@ impl Stack {
         let grew = loan.socket.socket().recv_queue() > queued;
         let replied = self.outbox.len() > waiting;
         flow.active = tick;
+        flow.silent = None;
         if let Some(bare) = replied
             .then(|| self.outbox.last())
             .flatten()

@@ -319,6 +319,16 @@ impl World {
         self.down.impairment = Impairment::default();
     }
 
+    /// Loses every packet from now on, as when the program's machine has vanished.
+    pub fn cut(&mut self) {
+        let lost = Impairment {
+            loss: 100,
+            ..Impairment::default()
+        };
+        self.up.impairment = lost;
+        self.down.impairment = lost;
+    }
+
     fn note(&mut self, up: bool, packet: &[u8]) {
         if self.record {
             self.seen.push((up, packet.to_vec()));
