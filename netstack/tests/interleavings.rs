@@ -109,7 +109,9 @@ proptest! {
         for step in &steps {
             apply(&mut world, &mut owner, &mut program, step);
         }
-        let was_reset = matches!(steps.last(), Some(Step::OwnerResets | Step::ProgramResets));
+        // An owner can only reset a flow that has reached it.
+        let was_reset = matches!(steps.last(), Some(Step::ProgramResets))
+            || (matches!(steps.last(), Some(Step::OwnerResets)) && !owner.flows.is_empty());
         owner.paused = false;
         program.paused = false;
         program.finished = was_reset;
