@@ -1,4 +1,5 @@
-//! Where packets become flows of the tunnel: the one file in which the userspace stack and the tunnel meet.
+//! Where packets become flows of the tunnel: with `relay`, which moves the bytes, the only place in which the userspace stack and the
+//! tunnel meet.
 //!
 //! A bridge has a thread of its own, on which one task pumps packets and one task for each connection moves its bytes.
 //! A program hears what its destination said: a refusal as RST, silence as silence, half-close as half-close.
@@ -11,19 +12,20 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use futures::future::try_join;
 use socket2::SockRef;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
+use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinSet, LocalSet};
 use tokio_util::sync::CancellationToken;
 use tp_netstack::{DialOutcome, EchoRequest, Unreachable};
-use tp_tunnel::{DatagramFlow, DialErrorKind, Flow, FlowError, Target, set_up_flow_socket};
+use tp_tunnel::{DatagramFlow, DialErrorKind, Target, set_up_flow_socket};
 
 use super::device::{ADDRESS, Kind};
 use super::dial::{Dialer, Outbound, Refusal};
 use super::dns::{self, Names, RESOLVER, Transport};
+use super::relay;
 use super::shard::{self, Association, Incoming, Pending, Pump, Shard, Stream};
 use crate::proxy::{Split, Upstream, UserRules};
 
@@ -52,11 +54,12 @@ pub struct Bridge {
 }
 
 impl Bridge {
-    /// Starts it.
+    /// Starts it. To be called on the runtime that the connection's tunnel lives on.
     ///
     /// # Errors
     /// The device cannot be used, or no thread is free.
     pub fn start(config: Config) -> io::Result<Self> {
+        let outside = Handle::current();
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let (ended_tx, ended) = oneshot::channel();
@@ -66,7 +69,8 @@ impl Bridge {
         let thread = std::thread::Builder::new()
             .name("tp-run".to_owned())
             .spawn(move || {
-                let served = runtime.block_on(LocalSet::new().run_until(serve(config, stopped)));
+                let served =
+                    runtime.block_on(LocalSet::new().run_until(serve(config, outside, stopped)));
                 if let Err(error) = served {
                     // Nobody may be left who wants to know.
                     let _ = ended_tx.send(error);
@@ -103,9 +107,11 @@ struct Shared {
     shard: Shard,
     dialer: Dialer,
     names: Names,
+    /// Where the tunnel's own tasks run.
+    runtime: Handle,
 }
 
-async fn serve(config: Config, stop: CancellationToken) -> io::Result<()> {
+async fn serve(config: Config, runtime: Handle, stop: CancellationToken) -> io::Result<()> {
     let (shard, mut pump) = shard::open(config.device.device(), config.descriptor)?;
     let mut tasks = JoinSet::new();
     let split = with_rules(config.upstream.split, config.rules, &mut tasks);
@@ -125,6 +131,7 @@ async fn serve(config: Config, stop: CancellationToken) -> io::Result<()> {
             offline: config.offline,
         },
         names: Names::default(),
+        runtime,
     });
     let failed = carry(&shared, &mut pump, &mut tasks, &stop).await;
     // Dropped flows are reset, and the program is told so.
@@ -199,12 +206,12 @@ async fn tcp(shared: Rc<Shared>, pending: Pending) {
     match opened {
         Ok(Outbound::Tunnel(flow)) => {
             if let Ok(stream) = pending.accept() {
-                through_tunnel(stream, flow).await;
+                relay::through_tunnel(stream, flow, &shared.runtime).await;
             }
         }
         Ok(Outbound::Direct(origin)) => {
             if let Ok(stream) = pending.accept() {
-                from_workstation(stream, origin).await;
+                relay::from_workstation(stream, origin).await;
             }
         }
         Err(refusal) => {
@@ -249,98 +256,7 @@ fn unreachable(refusal: &Refusal) -> Unreachable {
     }
 }
 
-/// Why moving bytes stopped. Both ends are reset then, whoever it was.
-enum Broken {
-    Program,
-    Flow,
-}
-
-impl From<tp_netstack::FlowError> for Broken {
-    fn from(_: tp_netstack::FlowError) -> Self {
-        Self::Program
-    }
-}
-
-impl From<FlowError> for Broken {
-    fn from(error: FlowError) -> Self {
-        tracing::debug!(%error, "flow reset");
-        Self::Flow
-    }
-}
-
-impl From<io::Error> for Broken {
-    fn from(_: io::Error) -> Self {
-        Self::Flow
-    }
-}
-
-/// Moves bytes until both directions have ended. Dropping either end before that resets it.
-async fn through_tunnel(stream: Stream, flow: Flow) {
-    let (mut sender, mut receiver) = flow.into_split();
-    let up = async {
-        while let Some(bytes) = stream.read().await? {
-            match patiently(&stream, sender.send(bytes)).await? {
-                // The peer is complete and reads no more (RFC 9113 §8.1).
-                Err(FlowError::Reset(reason)) if u32::from(reason) == 0 => return Ok(()),
-                sent => sent?,
-            }
-        }
-        sender.finish()?;
-        Ok::<(), Broken>(())
-    };
-    let down = async {
-        while let Some(bytes) = receiver.recv().await? {
-            stream.write(&bytes).await?;
-        }
-        stream.finish()?;
-        Ok(())
-    };
-    // Either way both ends have learnt of it, now or by being dropped.
-    let _ = try_join(up, down).await;
-}
-
-/// How long bytes that a program sent before its reset may wait for the other side's window.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// Sends, unless the program resets the connection meanwhile and the other side takes nothing.
-async fn patiently<T>(stream: &Stream, sending: impl Future<Output = T>) -> Result<T, Broken> {
-    let given_up = async {
-        stream.reset().await;
-        tokio::time::sleep(LAST_WORDS).await;
-    };
-    tokio::select! {
-        biased;
-        sent = sending => Ok(sent),
-        () = given_up => Err(Broken::Program),
-    }
-}
-
-async fn from_workstation(stream: Stream, mut origin: TcpStream) {
-    // Undone only after an end in order.
-    let reset = SockRef::from(&origin).set_linger(Some(Duration::ZERO));
-    let (mut reader, mut writer) = origin.split();
-    let up = async {
-        while let Some(bytes) = stream.read().await? {
-            patiently(&stream, writer.write_all(&bytes)).await??;
-        }
-        writer.shutdown().await?;
-        Ok::<(), Broken>(())
-    };
-    let down = async {
-        let mut buffer = Vec::with_capacity(DIRECT_BUFFER);
-        while reader.read_buf(&mut buffer).await? > 0 {
-            stream.write(&buffer).await?;
-            buffer.clear();
-        }
-        stream.finish()?;
-        Ok(())
-    };
-    if try_join(up, down).await.is_ok() && reset.is_ok() {
-        let _ = SockRef::from(&origin).set_linger(None);
-    }
-}
-
-/// Bytes read at once from a destination that the workstation reaches itself.
+/// The largest datagram, and more.
 const DIRECT_BUFFER: usize = 64 * 1024;
 
 async fn answer_over_tcp(shared: &Shared, stream: Stream) -> Result<(), tp_netstack::FlowError> {

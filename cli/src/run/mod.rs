@@ -19,6 +19,7 @@ mod netlink;
 mod passing;
 pub mod plan;
 pub mod publish;
+mod relay;
 pub mod shard;
 mod sys;
 mod workstation_dns;

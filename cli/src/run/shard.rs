@@ -23,8 +23,10 @@ use tp_netstack::{
 use super::device::{BUFFER, Device, HEADROOM, MTU};
 use super::sys;
 
-/// Packets read or written before tasks get their turn.
+/// Packets read or written before tasks get their turn, and bytes: what is read shall still be in the cache when it is
+/// passed on.
 const BATCH: usize = 64;
+const BATCH_BYTES: usize = 256 * 1024;
 
 /// Datagrams of one association that wait for whoever carries them; more are dropped, as UDP would.
 const DATAGRAMS: usize = 256;
@@ -186,12 +188,19 @@ impl Pump {
     /// Whether there may be more.
     fn read_batch(&mut self, now: Instant) -> io::Result<bool> {
         let mut stack = self.shared.stack.borrow_mut();
+        let mut bytes = 0;
         for _ in 0..BATCH {
+            if bytes >= BATCH_BYTES {
+                break;
+            }
             let read = self.descriptor.try_io(Interest::READABLE, |from| {
                 self.device.receive(from.as_fd(), &mut self.inbound)
             });
             match read {
-                Ok((place, offload)) => stack.handle_packet(now, &self.inbound[place], offload),
+                Ok((place, offload)) => {
+                    bytes += place.len();
+                    stack.handle_packet(now, &self.inbound[place], offload);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 // A header that makes no sense concerns one packet.
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
@@ -411,6 +420,16 @@ pub struct Stream {
     ended: Cell<Ended>,
 }
 
+/// What came of lending a stream's own memory.
+pub enum Lent {
+    /// It was lent, and this is what the borrower answered.
+    Done(io::Result<usize>),
+    /// There are no bytes, or there is no room.
+    Nothing,
+    /// There will be no bytes any more: the program has sent FIN, and all before it was taken.
+    Finished,
+}
+
 /// What a stream holds at this moment.
 enum Now {
     Bytes(Bytes),
@@ -484,6 +503,75 @@ impl Stream {
             shared.touched.notify_one();
         }
         Ok(())
+    }
+
+    /// Lends the oldest bytes from the program to `take`, which answers how many it took, as a socket's write does.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn lend(&self, take: impl FnOnce(&[u8]) -> io::Result<usize>) -> Result<Lent, FlowError> {
+        let shared = &self.flow.shared;
+        let mut outcome = Ok(0);
+        let received = shared.stack.borrow_mut().recv(self.flow.id, |bytes| {
+            outcome = take(bytes);
+            *outcome.as_ref().unwrap_or(&0)
+        })?;
+        Ok(match received {
+            Received::Data(_) => {
+                shared.touched.notify_one();
+                Lent::Done(outcome)
+            }
+            Received::Finished => {
+                self.note(|ended| ended.by_program = true);
+                Lent::Finished
+            }
+            Received::Empty => Lent::Nothing,
+        })
+    }
+
+    /// Lends room for bytes to the program to `fill`, which answers how many it put there, as a socket's read does.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn borrow_room(
+        &self,
+        fill: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    ) -> Result<Lent, FlowError> {
+        let shared = &self.flow.shared;
+        let mut outcome = None;
+        shared.stack.borrow_mut().send(self.flow.id, |space| {
+            let filled = fill(space);
+            let count = *filled.as_ref().unwrap_or(&0);
+            outcome = Some(filled);
+            count
+        })?;
+        Ok(match outcome {
+            Some(filled) => {
+                shared.touched.notify_one();
+                Lent::Done(filled)
+            }
+            None => Lent::Nothing,
+        })
+    }
+
+    /// Bytes that this flow may move before others, and the packets that they make, get their turn. What all flows move in
+    /// one turn shall still be in the cache when it is sent on.
+    pub fn quantum(&self) -> usize {
+        const TOGETHER: usize = 1 << 20;
+        const LEAST: usize = 32 * 1024;
+        const MOST: usize = 256 * 1024;
+        let flows = self.flow.shared.flows.borrow().len().max(1);
+        (TOGETHER / flows).clamp(LEAST, MOST)
+    }
+
+    /// Returns when [`Self::lend`] may have something again after it had nothing. Cancel safe.
+    pub async fn readable(&self) {
+        self.flow.watch.readable.notified().await;
+    }
+
+    /// Returns when [`Self::borrow_room`] may have room again after it had none. Cancel safe.
+    pub async fn writable(&self) {
+        self.flow.watch.writable.notified().await;
     }
 
     /// Sends FIN after everything that was written.
