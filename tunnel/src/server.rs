@@ -3,7 +3,7 @@
 //! It knows the shapes of requests and answers and nothing of rights: those are the service's.
 
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -221,7 +221,7 @@ impl Handler {
                 drop(self.waiting);
                 let stream = respond.send_response(Response::new(()), false)?;
                 let flow = Flow::new(stream, request.into_body(), self.link);
-                unless_revoked(dialed.revoked, relay(flow, dialed.socket)).await;
+                unless_revoked(dialed.revoked, pin!(relay(flow, dialed.socket))).await;
                 Ok(())
             }
             Err(error) => fail(respond, &error),
@@ -246,7 +246,7 @@ impl Handler {
                 let stream = respond.send_response(response, false)?;
                 let idle = self.link.settings.datagram_idle;
                 let flow = DatagramFlow::new(stream, request.into_body(), self.link);
-                let relay = datagram::relay_datagrams(flow, dialed.socket, idle);
+                let relay = pin!(datagram::relay_datagrams(flow, dialed.socket, idle));
                 unless_revoked(dialed.revoked, relay).await;
                 Ok(())
             }
@@ -327,10 +327,14 @@ async fn unless_cancelled<T>(
     }
 }
 
-/// Relays reset both sides when they are dropped.
-async fn unless_revoked<T>(revoked: Option<CancellationToken>, relay: impl Future<Output = T>) {
+/// The caller drops the relay after this, which resets both sides of one that had not ended. By reference: moved through
+/// here, a relay would take its room several times over for as long as it lives.
+async fn unless_revoked<T>(
+    revoked: Option<CancellationToken>,
+    relay: Pin<&mut impl Future<Output = T>>,
+) {
     match revoked {
-        Some(revoked) => drop(revoked.run_until_cancelled_owned(relay).await),
+        Some(revoked) => drop(revoked.run_until_cancelled(relay).await),
         None => drop(relay.await),
     }
 }
