@@ -120,6 +120,10 @@ pub(super) async fn from_workstation(stream: Stream, origin: TcpStream) {
     }
 }
 
+/// Bytes that one flow moves before others, and the packets that they make, get their turn. They stay in the cache for
+/// that long.
+const QUANTUM: usize = 256 * 1024;
+
 /// From the stack's memory straight to the socket.
 async fn to_workstation(stream: &Stream, origin: &TcpStream) -> Result<(), Broken> {
     let mut moved = 0;
@@ -133,7 +137,7 @@ async fn to_workstation(stream: &Stream, origin: &TcpStream) -> Result<(), Broke
             Lent::Nothing => stream.readable().await,
             Lent::Finished => break,
         }
-        if moved >= stream.quantum() {
+        if moved >= QUANTUM {
             moved = 0;
             tokio::task::yield_now().await;
         }
@@ -155,7 +159,7 @@ async fn to_program(origin: &TcpStream, stream: &Stream) -> Result<(), Broken> {
             Lent::Done(Err(error)) => return Err(error.into()),
             Lent::Nothing | Lent::Finished => stream.writable().await,
         }
-        if moved >= stream.quantum() {
+        if moved >= QUANTUM {
             moved = 0;
             tokio::task::yield_now().await;
         }

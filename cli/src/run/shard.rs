@@ -554,16 +554,6 @@ impl Stream {
         })
     }
 
-    /// Bytes that this flow may move before others, and the packets that they make, get their turn. What all flows move in
-    /// one turn shall still be in the cache when it is sent on.
-    pub fn quantum(&self) -> usize {
-        const TOGETHER: usize = 1 << 20;
-        const LEAST: usize = 32 * 1024;
-        const MOST: usize = 256 * 1024;
-        let flows = self.flow.shared.flows.borrow().len().max(1);
-        (TOGETHER / flows).clamp(LEAST, MOST)
-    }
-
     /// Returns when [`Self::lend`] may have something again after it had nothing. Cancel safe.
     pub async fn readable(&self) {
         self.flow.watch.readable.notified().await;
