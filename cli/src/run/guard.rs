@@ -1,12 +1,13 @@
 //! The process that stays in the namespace until `tp run` ends, and then ends whatever the program left behind.
 //!
 //! It holds a socket to the command outside. When that closes, in whichever way the command ended, every process in the
-//! same network namespace is ended; so nothing is left even after SIGKILL. No PID namespace is needed for this, and
-//! programs see the process ids that they have. It also makes sockets for connections into the namespace.
+//! same user namespace, or in one made there, is ended; so nothing is left even after SIGKILL. No PID namespace is needed
+//! for this, and programs see the process ids that they have. It also makes sockets for connections into the namespace.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -96,18 +97,31 @@ fn signal_all(processes: &[Pid], signal: Signal) {
     }
 }
 
-/// The other processes of this network namespace.
+/// The other processes of this user namespace and of those below it. A program that left the network namespace, as
+/// browsers and container tools do, had to make a user namespace for that.
 fn others() -> io::Result<Vec<Pid>> {
-    let own = namespace_of("self")?;
+    let own = identity(&File::open("/proc/self/ns/user")?)?;
     let me = rustix::process::getpid();
     let entries = std::fs::read_dir("/proc")?.flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().into_string().ok());
-    let here = numbers.filter(|number| namespace_of(number).is_ok_and(|theirs| theirs == own));
+    let here = numbers.filter(|number| is_below(number, own).unwrap_or(false));
     let processes = here.filter_map(|number| Pid::from_raw(number.parse().ok()?));
     Ok(processes.filter(|process| *process != me).collect())
 }
 
-/// Dead processes that nobody has waited for yet are in none.
-fn namespace_of(process: &str) -> io::Result<PathBuf> {
-    std::fs::read_link(format!("/proc/{process}/ns/net"))
+/// Whether a process is in the user namespace `own` or in one below. Those of other users cannot be looked at.
+fn is_below(process: &str, own: (u64, u64)) -> io::Result<bool> {
+    // Of all namespaces a dead process that nobody has waited for keeps only its user's.
+    std::fs::read_link(format!("/proc/{process}/ns/net"))?;
+    let mut namespace = File::open(format!("/proc/{process}/ns/user"))?;
+    while identity(&namespace)? != own {
+        namespace = sys::parent_namespace(&namespace)?.into();
+    }
+    Ok(true)
+}
+
+/// Device and inode: `ioctl_ns(2)` says to compare both.
+fn identity(namespace: &File) -> io::Result<(u64, u64)> {
+    let metadata = namespace.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
 }

@@ -52,6 +52,19 @@ fn clone(flags: c_int) -> io::Result<Fork> {
     }
 }
 
+/// The user namespace that this one was made in (`ioctl_ns(2)`).
+///
+/// # Errors
+/// That lies outside of this process's own user namespace.
+pub(super) fn parent_namespace(namespace: &impl AsRawFd) -> io::Result<OwnedFd> {
+    const NS_GET_PARENT: c_ulong = 0xb702;
+    // SAFETY: this ioctl takes no argument.
+    let number = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_PARENT as _) };
+    done(number)?;
+    // SAFETY: it was just made, and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 /// Takes a descriptor that this process inherited by number, and marks it to be closed when another program starts.
 ///
 /// # Errors
