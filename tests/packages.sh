@@ -10,7 +10,8 @@ packages=(
   proxychains4 python3 python3-socks                   # programs that know no proxy; python3-socks is PySocks
   chromium                                             # the browser test
   debootstrap                                          # cluster/build-servers.sh
-  openssh-client                                       # ssh through the proxy
+  openssh-client openssh-server git iperf3             # developers' tools, and their servers in the cluster
+  iputils-ping nodejs                                  # more programs under tp run
 )
 [ $# = 0 ] || packages=("$@")
 missing=()

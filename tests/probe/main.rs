@@ -13,15 +13,18 @@
 //! probe short PROXY HOST PORT COUNT AT_ONCE      COUNT connections one after the other in AT_ONCE lanes
 //! probe raw ADDRESS SECONDS|head                 stdin to the address as it is; says what came back and how it ended
 //!                                                within that time, or until the answer's HTTP head is complete
+//! probe ring ADDRESS BYTES                       BYTES to an echo and back, every call through io_uring
 //! ```
 
 mod flows;
 mod pattern;
 mod serve;
 mod socks;
+mod sys;
 mod udp;
 
 use std::io::Write as _;
+use std::net::ToSocketAddrs as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -76,6 +79,7 @@ async fn run(words: &[&str]) -> anyhow::Result<()> {
             flows::short(proxy, host, port.parse()?, count.parse()?, at_once.parse()?).await
         }
         ["raw", address, until] => raw(address, until).await,
+        ["ring", address, bytes] => ring(address, bytes.parse()?),
         other => bail!("unknown arguments {other:?}"),
     }
 }
@@ -156,6 +160,37 @@ async fn raw(address: &str, until: &str) -> anyhow::Result<()> {
     say(
         &json!({ "end": end, "ms": elapsed, "hex": hex(&answer), "text": String::from_utf8_lossy(&answer) }),
     );
+    Ok(())
+}
+
+/// Sends a pattern in blocks, each after the echo of the one before, through io_uring alone.
+fn ring(address: &str, bytes: usize) -> anyhow::Result<()> {
+    const BLOCK: usize = 32 * 1024;
+    let address = address
+        .to_socket_addrs()?
+        .next()
+        .context("the name has no address")?;
+    let mut stream = sys::RingStream::connect(address).context("connect")?;
+    let (mut pattern, mut left, mut echoed) = (pattern::Pattern::new(7), bytes, 0);
+    while left > 0 {
+        let mut block = vec![0; left.min(BLOCK)];
+        pattern.fill(&mut block);
+        let mut sent = 0;
+        while sent < block.len() {
+            sent += stream.send(&block[sent..]).context("send")?;
+        }
+        let (mut back, mut got) = (vec![0; block.len()], 0);
+        while got < back.len() {
+            match stream.receive(&mut back[got..]).context("receive")? {
+                0 => bail!("FIN after {} bytes", echoed + got),
+                more => got += more,
+            }
+        }
+        anyhow::ensure!(back == block, "other bytes than were sent");
+        left -= block.len();
+        echoed += block.len();
+    }
+    say(&json!({ "echoed": echoed }));
     Ok(())
 }
 

@@ -6,17 +6,19 @@
 //! | 9 | reads until FIN, then answers `<length> <SHA-256 in hex>\n` and closes |
 //! | 13 | speaks first: `hello\n`, then echo |
 //! | 14 | reads one byte, answers `bye`, then resets |
+//! | 15 | says nothing, not even that it is there: SYNs are not answered |
 //! | 19 | reads `<length> <seed>\n`, answers with that much of the seed's pattern and closes |
 //! | 80 | HTTP: `/ends` = how connections to 7 ended, `/hostname`, anything else `hello-from-probe` |
 
 use std::fmt::Write as _;
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use anyhow::Context as _;
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 
 use crate::pattern::Pattern;
 
@@ -42,6 +44,7 @@ pub(crate) async fn run() -> anyhow::Result<()> {
         listen(9, digest),
         listen(13, hello),
         listen(14, say_bye_and_reset),
+        silent(15),
         listen(19, source),
         listen(80, http),
         async { udp_echo(udp).await.context("UDP echo") },
@@ -63,6 +66,22 @@ where
             Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
         }
     }
+}
+
+/// A listener whose queue is full: the kernel drops the SYNs that come then, so that a connect hangs.
+async fn silent(port: u16) -> anyhow::Result<()> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((Ipv4Addr::UNSPECIFIED, port).into())?;
+    let listener = socket.listen(1)?;
+    // Nobody accepts them. A queue for one holds two.
+    let own = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let fillers = (
+        TcpStream::connect(own).await?,
+        TcpStream::connect(own).await?,
+    );
+    std::future::pending::<()>().await;
+    drop((listener, fillers));
+    Ok(())
 }
 
 async fn echo_counted(stream: TcpStream) -> io::Result<()> {

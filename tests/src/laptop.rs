@@ -177,13 +177,14 @@ impl Laptop {
         self.tp(&["status", "--output", "json"]).ok().json()
     }
 
+    /// Where kubectl is: a static Go program, which resolves names by itself.
+    pub fn kubectl_program(&self) -> String {
+        installed(&self.kubectl.join("kubectl"))
+    }
+
     /// Runs kubectl as the user.
     pub fn kubectl(&self, arguments: &[&str]) -> Run {
-        Run::new(
-            self.command(&installed(&self.kubectl.join("kubectl")), arguments),
-            b"",
-            LIMIT,
-        )
+        Run::new(self.command(&self.kubectl_program(), arguments), b"", LIMIT)
     }
 
     /// The ids of all processes of the user, with their command lines. One that has ended and that nobody has waited

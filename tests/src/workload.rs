@@ -103,6 +103,19 @@ impl<'a> Namespace<'a> {
         self.wait_service(name, ports[0]);
     }
 
+    /// Starts the servers of developers' tools as pod and Service `name`: sshd for root with this public key, a git daemon
+    /// with the empty `/srv/repo.git`, iperf3. See `cluster/tools/start`.
+    #[track_caller]
+    pub fn tools(&self, name: &str, authorized_key: &str) {
+        load_tools_image(self.cluster);
+        let manifest = TOOLS
+            .replace("$NAME", name)
+            .replace("$KEY", authorized_key.trim());
+        self.apply(&manifest);
+        self.wait_ready(&format!("app={name}"));
+        self.wait_service(name, 22);
+    }
+
     /// Waits until the node's packet rules lead to the Service's pods: that comes a moment after the pods are ready.
     fn wait_service(&self, name: &str, port: u16) {
         let address = self.value(&format!("svc/{name}"), ".spec.clusterIP");
@@ -150,6 +163,7 @@ spec:
   - {name: digest, port: 9}
   - {name: hello, port: 13}
   - {name: reset, port: 14}
+  - {name: silent, port: 15}
   - {name: source, port: 19}
   - {name: http, port: 80}
   - {name: closed, port: 81}
@@ -173,6 +187,78 @@ kind: Service
 metadata: {name: $NAME, namespace: $NS}
 spec: {selector: {app: $NAME}, ports: [$PORTS]}
 "#;
+
+const TOOLS: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: $NAME, namespace: $NS, labels: {app: $NAME}}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: tools
+    image: lab.local/tools:lab
+    env: [{name: AUTHORIZED_KEY, value: "$KEY"}]
+    readinessProbe: {tcpSocket: {port: 22}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: $NAME, namespace: $NS}
+spec:
+  selector: {app: $NAME}
+  ports:
+  - {name: ssh, port: 22}
+  - {name: iperf3, port: 5201}
+  - {name: iperf3-udp, port: 5201, protocol: UDP}
+  - {name: git, port: 9418}
+"#;
+
+/// What the image of [`Namespace::tools`] holds: this machine's programs with their libraries.
+const TOOLS_PROGRAMS: [&str; 5] = [
+    "/usr/sbin/sshd",
+    "/usr/bin/ssh-keygen",
+    "/usr/bin/git",
+    "/usr/lib/git-core/git-daemon",
+    "/usr/bin/iperf3",
+];
+
+/// Packs this machine's own servers as an image and imports it, once a cluster.
+fn load_tools_image(cluster: &Cluster) {
+    static LOADED: OnceLock<()> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let lock = lock_file("tools-image.lock");
+        lock.lock().expect("flock works on the cache folder");
+        let folder = scripts().join("tools");
+        let file = |name: &str| folder.join(name).display().to_string();
+        let (start, passwd) = (file("start"), file("passwd"));
+        let content = [&TOOLS_PROGRAMS[..], &["/bin/busybox", &start, &passwd]].concat();
+        let version = tool(Command::new("sha256sum").args(content));
+        let stamp = cluster.directory().join("run/tools-image");
+        if std::fs::read_to_string(&stamp).is_ok_and(|loaded| loaded == version) {
+            return;
+        }
+        let archive = cluster.directory().join("tools.tar");
+        let mut pack = Command::new("python3");
+        pack.arg(scripts().join("mkimage.py"))
+            .arg(&archive)
+            .arg("lab.local/tools:lab");
+        for program in TOOLS_PROGRAMS {
+            pack.args(["--bin", program]);
+        }
+        pack.args(["--link", "/bin/sh=/bin/busybox"]);
+        for name in ["git-upload-pack", "git-receive-pack"] {
+            pack.args(["--link", &format!("/usr/bin/{name}=/usr/bin/git")]);
+        }
+        pack.args(["--entrypoint", r#"["/start"]"#]);
+        pack.args([
+            "/bin/busybox=/bin/busybox",
+            &format!("{start}=/start"),
+            &format!("{passwd}=/etc/passwd"),
+        ]);
+        tool(&mut pack);
+        cluster.load_image(&archive);
+        std::fs::write(stamp, version).expect("the cache folder is writable");
+    });
+}
 
 /// Packs our own probe as an image and imports it, once a process.
 fn load_probe_image(cluster: &Cluster) {
