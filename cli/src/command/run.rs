@@ -180,27 +180,56 @@ async fn live(
     code
 }
 
+/// What a program in a namespace has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Network {
+    Carried,
+    /// Its flows are being reset.
+    Ending,
+    /// Whatever it tries fails at once.
+    Gone,
+}
+
 /// Waits for the program. A connection that ends under it is said and is not its end.
 async fn attend(
     namespace: &mut Namespace,
     carrying: &mut Carrying,
     signals: &mut Signals,
 ) -> Result<ExitCode, Failure> {
-    let mut connected = true;
+    let mut network = Network::Carried;
     loop {
         tokio::select! {
             // First, since a program may end because its connection did.
             biased;
-            failure = carrying.ended(), if connected => {
-                connected = false;
-                failure.print();
-            }
+            lost = next_loss(carrying, network) => match lost {
+                Some(failure) => {
+                    network = Network::Ending;
+                    failure.print();
+                }
+                // Only now, so that no reset is lost in a device that is down.
+                None => {
+                    network = Network::Gone;
+                    namespace.cut();
+                }
+            },
             ended = namespace.child().wait() => {
                 let status = ended.or_fail(|| "cannot wait for the program".to_owned())?;
                 return Ok(child::exit_code(status));
             }
             signal = signals.next() => child::forward(signal, namespace.child()),
         }
+    }
+}
+
+/// Returns when the network is one step nearer to its end; with the reason, the first time. Cancel safe.
+async fn next_loss(carrying: &mut Carrying, network: Network) -> Option<Failure> {
+    match network {
+        Network::Carried => Some(carrying.ended().await),
+        Network::Ending => {
+            carrying.released().await;
+            None
+        }
+        Network::Gone => std::future::pending().await,
     }
 }
 

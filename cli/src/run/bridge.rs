@@ -83,6 +83,15 @@ impl Bridge {
         })
     }
 
+    /// Ends it, and returns when every flow has been reset. Cancel safe.
+    pub async fn stop(&mut self) {
+        self.stop.cancel();
+        if !self.ended.is_terminated() {
+            // Either way its thread is done.
+            let _ = (&mut self.ended).await;
+        }
+    }
+
     /// Waits until it ends by itself, and says why. Cancel safe.
     pub async fn ended(&mut self) -> io::Error {
         match (&mut self.ended).await {

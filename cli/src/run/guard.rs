@@ -2,7 +2,8 @@
 //!
 //! It holds a socket to the command outside. When that closes, in whichever way the command ended, every process in the
 //! same user namespace, or in one made there, is ended; so nothing is left even after SIGKILL. No PID namespace is needed
-//! for this, and programs see the process ids that they have. It also makes sockets for connections into the namespace.
+//! for this, and programs see the process ids that they have. It also makes sockets for connections into the namespace,
+//! and takes the network away from programs when nobody carries their packets any more.
 
 use std::fs::File;
 use std::io;
@@ -13,9 +14,9 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::passing;
 use super::plan::{FromGuard, ToGuard};
 use super::sys::{self, Fork};
+use super::{device, passing};
 
 /// How long a program may take after SIGTERM.
 const GRACE: Duration = Duration::from_millis(500);
@@ -39,14 +40,13 @@ pub(super) fn start(outside: OwnedFd) -> io::Result<()> {
 
 fn live(outside: OwnedFd) -> io::Result<()> {
     let_go(&outside)?;
-    while let Ok(Some((ToGuard::Socket, _))) = passing::receive(&outside) {
-        let socket = rustix::net::socket_with(
-            AddressFamily::INET,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )?;
-        passing::send(&outside, &FromGuard::Socket, &[socket.as_fd()])?;
+    loop {
+        match passing::receive(&outside) {
+            Ok(Some((ToGuard::Socket, _))) => give_socket(&outside)?,
+            // There is nothing else that could be done where this is not possible.
+            Ok(Some((ToGuard::Cut, _))) => drop(device::cut()),
+            Ok(Some((ToGuard::End, _)) | None) | Err(_) => break,
+        }
     }
     let ended = FromGuard::Ended {
         processes: clear()?,
@@ -55,6 +55,12 @@ fn live(outside: OwnedFd) -> io::Result<()> {
     // Nobody may be there to hear it.
     let _ = passing::send(&outside, &ended, &[]);
     Ok(())
+}
+
+fn give_socket(outside: &OwnedFd) -> io::Result<()> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+    passing::send(outside, &FromGuard::Socket, &[socket.as_fd()])
 }
 
 /// Leaves the terminal's session and everything that was inherited: a pipe held here would seem open to its reader.

@@ -39,7 +39,11 @@ pub struct Wanted {
 #[serde(tag = "lent", rename_all = "snake_case")]
 enum Answer {
     Carrying,
-    Refused { reason: String },
+    Refused {
+        reason: String,
+    },
+    /// After `Carrying`: flows are being reset, then the socket closes.
+    Ending,
 }
 
 /// The command's end. While it lives, the daemon carries the packets.
@@ -65,12 +69,18 @@ impl Lease {
         match next(&mut stream).await? {
             Some((Answer::Carrying, _)) => Ok(Self(stream)),
             Some((Answer::Refused { reason }, _)) => Err(io::Error::other(reason)),
-            None => Err(io::ErrorKind::UnexpectedEof.into()),
+            Some((Answer::Ending, _)) | None => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     }
 
-    /// Returns when the daemon carries nothing any more. Cancel safe.
+    /// Returns when the daemon is about to carry nothing any more, or has gone. Cancel safe.
     pub async fn ended(&mut self) {
+        // It says nothing else; what cannot be read is an end too.
+        let _ = next::<Answer>(&mut self.0).await;
+    }
+
+    /// Returns when the daemon has reset all flows, or has gone. Cancel safe.
+    pub async fn released(&mut self) {
         gone(&mut self.0).await;
     }
 }
@@ -138,9 +148,13 @@ pub async fn serve(mut stream: UnixStream, upstream: Upstream, stop: Cancellatio
             error = bridge.ended() => tracing::warn!(%error, "a namespace is not carried any more"),
         }
         // The command hears of the end before its program does, which may end at once when its flows are reset.
-        drop(stream);
+        let ending = stream.async_io(Interest::WRITABLE, || {
+            passing::send(&stream, &Answer::Ending, &[])
+        });
+        let _ = ending.await;
         // Its thread resets the flows first.
         let _ = tokio::task::spawn_blocking(move || drop(bridge)).await;
+        drop(stream);
         tracing::info!("namespace given back");
     }
 }

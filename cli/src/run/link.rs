@@ -123,6 +123,14 @@ impl Carrying {
         }
     }
 
+    /// After [`Carrying::ended`]: returns when every flow has been reset. Cancel safe.
+    pub async fn released(&mut self) {
+        match self {
+            Self::Lent(lease) => lease.released().await,
+            Self::Own(_, bridge) => bridge.stop().await,
+        }
+    }
+
     /// Ends it, flows first.
     pub async fn end(self) {
         if let Self::Own(running, bridge) = self {

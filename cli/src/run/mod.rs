@@ -21,5 +21,6 @@ pub mod plan;
 pub mod publish;
 mod relay;
 pub mod shard;
+mod sockets;
 mod sys;
 mod workstation_dns;

@@ -119,6 +119,12 @@ impl Namespace {
         }
     }
 
+    /// Takes the network away from what runs in there: connections end, new ones and names fail at once.
+    pub fn cut(&self) {
+        // Without a guard nothing runs any more.
+        let _ = passing::send(&self.guard, &ToGuard::Cut, &[]);
+    }
+
     /// The socket to the guard, for [`Namespace::socket`].
     ///
     /// # Errors

@@ -1,6 +1,6 @@
-//! The few rtnetlink requests that `tp run` makes in its own network namespace (RFC 3549, `rtnetlink(7)`).
+//! The few netlink requests that `tp run` makes in its own network namespace (RFC 3549, `rtnetlink(7)`).
 //!
-//! Own code, since one blocking socket and five kinds of request are all it takes, and the per-route congestion control
+//! Own code, since one blocking socket and six kinds of request are all it takes, and the per-route congestion control
 //! has to be among them. Knows nothing of why an interface is wanted.
 
 use std::io;
@@ -12,6 +12,9 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 const NEW_LINK: u16 = 16;
 const NEW_ADDRESS: u16 = 20;
 const NEW_ROUTE: u16 = 24;
+
+const ERROR: u16 = 2;
+const DONE: u16 = 3;
 
 const REQUEST: u16 = 1;
 const ACKNOWLEDGE: u16 = 4;
@@ -46,9 +49,14 @@ pub(super) struct Link {
 impl Netlink {
     /// Connects to the kernel, for the network namespace that this process is in now.
     pub(super) fn connect() -> io::Result<Self> {
+        Self::connect_to(None)
+    }
+
+    /// Connects to one part of the kernel; `None` is the one for interfaces and routes.
+    pub(super) fn connect_to(part: Option<rustix::net::Protocol>) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
-        let socket =
-            rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
+        let socket = rustix::net::socket_with(family, kind, flags, part)?;
         Ok(Self {
             socket,
             sequence: 0,
@@ -96,6 +104,13 @@ impl Netlink {
         self.ask(message)
     }
 
+    /// Takes an interface down.
+    pub(super) fn set_down(&mut self, index: u32) -> io::Result<()> {
+        let mut message = Message::new(NEW_LINK, 0);
+        message.link_header(index, 0, UP);
+        self.ask(message)
+    }
+
     /// Gives an interface an address of its own, without a network around it and without probing for duplicates.
     pub(super) fn add_address(&mut self, index: u32, address: IpAddr) -> io::Result<()> {
         const NO_DUPLICATE_PROBE: u8 = 2;
@@ -125,7 +140,29 @@ impl Netlink {
         }
     }
 
-    fn ask(&mut self, message: Message) -> io::Result<()> {
+    /// Makes a request that is answered with a list, and gives the entries' bodies.
+    pub(super) fn list(&mut self, message: Message) -> io::Result<Vec<Vec<u8>>> {
+        self.sequence += 1;
+        let request = message.finish(self.sequence);
+        send(&self.socket, &request, SendFlags::empty())?;
+        let (mut entries, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
+        loop {
+            let (length, _) = rustix::io::retry_on_intr(|| {
+                recv(&self.socket, buffer.as_mut_slice(), RecvFlags::empty())
+            })?;
+            let mut rest = &buffer[..length];
+            while let Some((kind, body, more)) = first(rest) {
+                match kind {
+                    DONE => return Ok(entries),
+                    ERROR => return Err(io::ErrorKind::Unsupported.into()),
+                    _ => entries.push(body.to_vec()),
+                }
+                rest = more;
+            }
+        }
+    }
+
+    pub(super) fn ask(&mut self, message: Message) -> io::Result<()> {
         self.sequence += 1;
         send(
             &self.socket,
@@ -145,6 +182,16 @@ impl Netlink {
             Some(_) | None => Err(io::ErrorKind::InvalidData.into()),
         }
     }
+}
+
+/// The first of several messages: its kind, its body, and what comes after it.
+fn first(messages: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+    const HEADER: usize = 16;
+    let length = u32::from_ne_bytes(*messages.first_chunk()?) as usize;
+    let kind = u16::from_ne_bytes(*messages.get(4..)?.first_chunk()?);
+    let body = messages.get(HEADER..length)?;
+    let next = length.next_multiple_of(4).min(messages.len());
+    Some((kind, body, &messages[next..]))
 }
 
 /// IFLA_AF_SPEC, AF_INET6, IFLA_INET6_ADDR_GEN_MODE: none.
@@ -192,10 +239,10 @@ fn parts(address: IpAddr) -> (u8, Vec<u8>) {
 }
 
 /// One request as it is built.
-struct Message(Vec<u8>);
+pub(super) struct Message(Vec<u8>);
 
 impl Message {
-    fn new(kind: u16, flags: u16) -> Self {
+    pub(super) fn new(kind: u16, flags: u16) -> Self {
         let mut message = Self(vec![0; 4]);
         message.bytes(&kind.to_ne_bytes());
         message.bytes(&(flags | REQUEST | ACKNOWLEDGE).to_ne_bytes());
@@ -204,7 +251,7 @@ impl Message {
         message
     }
 
-    fn bytes(&mut self, bytes: &[u8]) {
+    pub(super) fn bytes(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
     }
 

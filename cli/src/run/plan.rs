@@ -67,6 +67,8 @@ pub(super) struct NotStarted(pub(super) i32);
 pub(super) enum ToGuard {
     /// Make a TCP socket of the namespace. The answer comes with it.
     Socket,
+    /// Nobody carries packets any more: end the connections that were, and let new ones fail at once. No answer.
+    Cut,
     /// End what still runs, and yourself. Losing the connection means the same.
     End,
 }

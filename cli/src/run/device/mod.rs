@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tp_netstack::{LONGEST_PACKET, Offload, VIRTIO_HEADER};
 
 use super::netlink::Netlink;
+use super::sockets;
 
 mod tun;
 mod veth;
@@ -93,6 +94,17 @@ pub(super) fn make(kind: Kind) -> io::Result<OwnedFd> {
         netlink.add_default_route(index, IpAddr::V6(ADDRESS_V6), CONGESTION)?;
     }
     Ok(descriptor)
+}
+
+/// Takes the device down in this network namespace, which takes its routes away, and ends the TCP connections that went
+/// through it: those of a carrier that did not get to reset them.
+pub(super) fn cut() -> io::Result<()> {
+    let mut netlink = Netlink::connect()?;
+    // A TUN device goes with its carrier.
+    if let Ok(index) = netlink.index(NAME) {
+        netlink.set_down(index)?;
+    }
+    sockets::end_connections(&[ADDRESS.into(), ADDRESS_V6.into()])
 }
 
 impl Kind {
