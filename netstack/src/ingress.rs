@@ -92,7 +92,7 @@ impl Stack {
         let Ok(tcp) = TcpPacket::new_checked(&packet[headers.payload..headers.end]) else {
             return self.counters.malformed += 1;
         };
-        if tcp.src_port() == 0 || tcp.dst_port() == 0 {
+        if tcp.src_port() == 0 || tcp.dst_port() == 0 || !options_are_sound(&tcp) {
             return self.counters.malformed += 1;
         }
         let source = SocketAddr::new(headers.source, tcp.src_port());
@@ -273,6 +273,19 @@ fn peer_segment(tcp: &TcpPacket<&[u8]>) -> usize {
         options = rest;
     }
     ABSENT
+}
+
+/// Whether each option is as long as it says. smoltcp drops a segment where one is not, and says nothing.
+fn options_are_sound(tcp: &TcpPacket<&[u8]>) -> bool {
+    let mut options = tcp.options();
+    while !options.is_empty() {
+        match smoltcp::wire::TcpOption::parse(options) {
+            Ok((_, smoltcp::wire::TcpOption::EndOfList)) => return true,
+            Ok((rest, _)) => options = rest,
+            Err(_) => return false,
+        }
+    }
+    true
 }
 
 /// The numbers of one of our own packets, if it acknowledges something.

@@ -23,6 +23,8 @@ use tp_netstack::{
     Config, DialOutcome, Event, FlowError, FlowId, LONGEST_PACKET, Offload, Received, Stack,
 };
 
+pub mod packets;
+
 /// Small seeded generator (splitmix64), so that a seed repeats a run on any machine.
 #[derive(Clone, Debug)]
 pub struct Random(pub u64);
