@@ -11,6 +11,7 @@ use crate::flow::{Flow, Phase};
 use crate::ingress::last_acknowledgement;
 use crate::offload::{self, Offload};
 use crate::outbox::Outbox;
+use crate::path_mtu;
 use crate::reply;
 use crate::timers::Tick;
 use crate::turns::Load;
@@ -122,6 +123,17 @@ impl Stack {
             flow.after_packet(last);
         }
         flow.active = self.wheel.now();
+        let len = if side.is_segmented() {
+            len
+        } else {
+            path_mtu::cut(
+                packet,
+                side.headers - TCP_HEADER,
+                flow.segment,
+                &mut self.outbox,
+            )
+        };
+        let packet = &mut buffer[..len];
         let offload = offload::complete(packet, &self.config.offload, flow.segment);
         Some(((len, offload), Load::of(flow.queued())))
     }
@@ -269,6 +281,11 @@ impl Side {
             headers,
             segment,
         }
+    }
+
+    /// Whether the device cuts large segments.
+    fn is_segmented(&self) -> bool {
+        self.capabilities.segmentation.tcpv4.is_some()
     }
 
     /// Payload of the largest packet that smoltcp makes.

@@ -52,7 +52,7 @@ pub(crate) struct Flow {
     pub(crate) phase: Phase,
     /// `None` once the flow is done.
     pub(crate) loan: Option<Loan>,
-    /// Largest TCP payload the program takes in one segment.
+    /// Largest TCP payload that the program and the path to it take in one segment.
     pub(crate) segment: usize,
     /// Sequence number of the program's SYN.
     pub(crate) syn: u32,

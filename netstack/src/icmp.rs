@@ -1,10 +1,9 @@
-//! ICMP and ICMPv6: pings go to the owner, errors about our datagrams end their association.
+//! ICMP and ICMPv6: pings go to the owner, errors about our datagrams end their association, and those about the length of
+//! our segments shorten them.
 //!
 //! The stack never answers a ping by itself: an answer has to mean that the destination lives.
 
 use std::net::{IpAddr, SocketAddr};
-
-use smoltcp::wire::UdpPacket;
 
 use crate::demux::FlowKey;
 use crate::ip::{Headers, IPV4_HEADER, IPV6_HEADER, protocol};
@@ -33,6 +32,9 @@ const ECHO_REQUEST: u8 = 8;
 const ECHO_REQUEST_V6: u8 = 128;
 const UNREACHABLE: u8 = 3;
 const UNREACHABLE_V6: u8 = 1;
+/// Code of ICMPv4 type 3: fragmentation needed and not allowed.
+const TOO_LONG: u8 = 4;
+const TOO_LONG_V6: u8 = 2;
 
 impl Stack {
     /// Answers a ping.
@@ -78,7 +80,7 @@ impl Stack {
 
     pub(crate) fn handle_icmp(&mut self, packet: &[u8], headers: &Headers) {
         let message = &packet[headers.payload..headers.end];
-        let Some(([kind, _, _, _, a, b, c, d], body)) = message.split_first_chunk::<8>() else {
+        let Some(([kind, code, _, _, a, b, c, d], body)) = message.split_first_chunk::<8>() else {
             return self.counters.malformed += 1;
         };
         match (headers.source.is_ipv4(), *kind) {
@@ -89,12 +91,24 @@ impl Stack {
                 sequence: u16::from_be_bytes([*c, *d]),
                 payload: body.to_vec(),
             }),
+            (true, UNREACHABLE) if *code == TOO_LONG => {
+                self.handle_too_long(body, u16::from_be_bytes([*c, *d]).into());
+            }
+            (false, TOO_LONG_V6) => {
+                self.handle_too_long(body, u32::from_be_bytes([*a, *b, *c, *d]));
+            }
             (true, UNREACHABLE) | (false, UNREACHABLE_V6) => {
-                if let Some(key) = refused_datagram(body) {
+                if let Some((key, _)) = quoted(body, protocol::UDP) {
                     self.handle_refused_datagram(&key);
                 }
             }
             _ => {}
+        }
+    }
+
+    fn handle_too_long(&mut self, body: &[u8], mtu: u32) {
+        if let Some((key, [_, _, _, _, sequence @ ..])) = quoted(body, protocol::TCP) {
+            self.handle_too_big(&key, u32::from_be_bytes(sequence), mtu as usize);
         }
     }
 
@@ -108,26 +122,29 @@ impl Stack {
     }
 }
 
-/// The association of a datagram of ours that an ICMP error quotes. The quoted lengths may go past the quotation.
-fn refused_datagram(quoted: &[u8]) -> Option<FlowKey> {
-    let (from, to, header): (IpAddr, IpAddr, usize) = match quoted.first()? >> 4 {
-        4 if quoted.len() > IPV4_HEADER && quoted[9] == protocol::UDP => {
-            let ip = smoltcp::wire::Ipv4Packet::new_unchecked(quoted);
+/// Whose packet an ICMP error quotes, as programs' packets are keyed, and its first 8 bytes of transport. The quoted lengths
+/// may go past the quotation.
+fn quoted(packet: &[u8], protocol: u8) -> Option<(FlowKey, [u8; 8])> {
+    let (from, to, header): (IpAddr, IpAddr, usize) = match packet.first()? >> 4 {
+        4 if packet.len() > IPV4_HEADER && packet[9] == protocol => {
+            let ip = smoltcp::wire::Ipv4Packet::new_unchecked(packet);
             (
                 ip.src_addr().into(),
                 ip.dst_addr().into(),
                 usize::from(ip.header_len()),
             )
         }
-        6 if quoted.len() > IPV6_HEADER && quoted[6] == protocol::UDP => {
-            let ip = smoltcp::wire::Ipv6Packet::new_unchecked(quoted);
+        6 if packet.len() > IPV6_HEADER && packet[6] == protocol => {
+            let ip = smoltcp::wire::Ipv6Packet::new_unchecked(packet);
             (ip.src_addr().into(), ip.dst_addr().into(), IPV6_HEADER)
         }
         _ => return None,
     };
-    let udp = UdpPacket::new_unchecked(quoted.get(header..)?.first_chunk::<8>()?);
-    Some(FlowKey::new(
-        SocketAddr::new(to, udp.dst_port()),
-        SocketAddr::new(from, udp.src_port()),
-    ))
+    let transport = *packet.get(header..)?.first_chunk::<8>()?;
+    let [a, b, c, d, ..] = transport;
+    let key = FlowKey::new(
+        SocketAddr::new(to, u16::from_be_bytes([c, d])),
+        SocketAddr::new(from, u16::from_be_bytes([a, b])),
+    );
+    Some((key, transport))
 }

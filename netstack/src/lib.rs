@@ -42,6 +42,7 @@ mod ip;
 mod linger;
 mod offload;
 mod outbox;
+mod path_mtu;
 mod reply;
 mod rings;
 mod slab;

@@ -470,6 +470,63 @@ fn ports_can_be_used_again_at_once() {
     );
 }
 
+/// A namespace behind the laboratory's, which forwards for it over a route with this MTU.
+fn behind_a_narrow_link<R: Send + 'static>(
+    mtu: u16,
+    inside: impl FnOnce() -> R + Send + 'static,
+) -> R {
+    let (thread_tx, thread_rx) = std::sync::mpsc::channel();
+    let (ready_tx, ready_rx) = std::sync::mpsc::channel::<()>();
+    let machine = thread::spawn(move || {
+        lab::sys::enter_namespace().unwrap();
+        thread_tx
+            .send(std::fs::read_link("/proc/thread-self").unwrap())
+            .unwrap();
+        ready_rx.recv().unwrap();
+        for command in [
+            "link set lo up".to_owned(),
+            "link set eth0 up".to_owned(),
+            "addr add 10.78.0.2/24 dev eth0".to_owned(),
+            "route add default via 10.78.0.1".to_owned(),
+            "-6 addr add fd78::2/64 dev eth0 nodad".to_owned(),
+            "-6 route add default via fd78::1".to_owned(),
+        ] {
+            lab::ip(&command);
+        }
+        inside()
+    });
+    let thread = thread_rx.recv().unwrap();
+    let thread = thread.file_name().unwrap().display();
+    for command in [
+        format!("link add narrow type veth peer name eth0 netns {thread}"),
+        "link set narrow up".to_owned(),
+        "addr add 10.78.0.1/32 dev narrow".to_owned(),
+        format!("route add 10.78.0.2/32 dev narrow mtu lock {mtu}"),
+        "-6 addr add fd78::1/128 dev narrow nodad".to_owned(),
+        format!("-6 route add fd78::2/128 dev narrow mtu lock {mtu}"),
+    ] {
+        lab::ip(&command);
+    }
+    for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        std::fs::write(format!("/proc/sys/net/{setting}"), "1").unwrap();
+    }
+    ready_tx.send(()).unwrap();
+    machine.join().unwrap()
+}
+
+#[test]
+fn a_narrower_link_on_the_way_shortens_the_segments() {
+    each(&both(), |lab, _| {
+        let lab = lab.clone();
+        behind_a_narrow_link(1300, move || {
+            for ip in [V4, V6] {
+                source(&lab, ip, 400_000);
+                sink(&lab, ip, 400_000);
+            }
+        });
+    });
+}
+
 #[test]
 fn datagrams_of_every_size_come_back() {
     each(&both(), |_, _| {

@@ -112,15 +112,20 @@ fn configure(mtu: u16) {
         commands.push("-6 route add default dev tp0 congctl cubic".to_owned());
     }
     for arguments in commands {
-        let status = Command::new("ip")
-            .args(arguments.split(' '))
-            .status()
-            .expect("ip");
-        assert!(status.success(), "ip {arguments}");
+        ip(&arguments);
     }
     while mtu >= 1280 && !has_local_route() {
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Runs `ip` in this thread's namespace.
+pub fn ip(arguments: &str) {
+    let status = Command::new("ip")
+        .args(arguments.split(' '))
+        .status()
+        .expect("ip");
+    assert!(status.success(), "ip {arguments}");
 }
 
 /// The kernel makes an IPv6 address usable for sending at once, but for receiving a little later.
