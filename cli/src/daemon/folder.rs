@@ -126,6 +126,31 @@ impl Folder {
             .is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared).is_err())
     }
 
+    /// Forgets connections of programs that have ended, but for the logs of the newest `kept`.
+    fn forget_programs(&self, kept: usize) {
+        let ended = |name: &String| program_of(name).is_some_and(|pid| !is_alive(pid));
+        let written = |name: &String| {
+            fs::metadata(self.log(name))
+                .and_then(|log| log.modified())
+                .ok()
+        };
+        let mut names = self.names_with(".lock");
+        names.retain(ended);
+        names.sort_by_key(|name| std::cmp::Reverse(written(name)));
+        for name in names.iter().skip(kept) {
+            self.forget(name);
+        }
+    }
+
+    /// Removes every trace of a name that nobody holds, or that nobody will use again.
+    fn forget(&self, name: &str) {
+        let log = self.log(name);
+        for path in [log.with_extension("log.1"), log, self.lock(name)] {
+            // It need not be there.
+            let _ = fs::remove_file(path);
+        }
+    }
+
     /// Takes `name`, and removes what a killed holder left behind. `None` when a living process holds it.
     fn claim(&self, name: &str) -> io::Result<Option<File>> {
         let lock = OpenOptions::new()
@@ -207,6 +232,17 @@ impl Claim {
     pub fn release(self) {
         let _ = fs::remove_file(self.socket());
     }
+
+    /// Ends the name of [`program_name`], which nobody will use again: the log stays only where the program did not end
+    /// `well`, and of those that stay only the newest few.
+    pub fn release_program(self, well: bool) {
+        let _ = fs::remove_file(self.socket());
+        if well {
+            self.folder.forget(&self.name);
+        }
+        // This one's process is alive.
+        self.folder.forget_programs(PROGRAM_LOGS - 1);
+    }
 }
 
 /// The folders that exist and are safe, best first.
@@ -252,6 +288,24 @@ fn short_enough(folder: &Path, name: &str) -> io::Result<()> {
         io::ErrorKind::InvalidInput,
         "its path is too long for a socket",
     ))
+}
+
+/// Logs of programs that did not end well.
+const PROGRAM_LOGS: usize = 5;
+
+/// The name of a connection that this process makes for one program.
+pub fn program_name() -> String {
+    format!("run-{}", std::process::id())
+}
+
+/// The process that such a name stands for.
+fn program_of(name: &str) -> Option<rustix::process::Pid> {
+    rustix::process::Pid::from_raw(name.strip_prefix("run-")?.parse().ok()?)
+}
+
+/// Also if it is another user's by now.
+fn is_alive(process: rustix::process::Pid) -> bool {
+    rustix::process::test_kill_process(process) != Err(rustix::io::Errno::SRCH)
 }
 
 /// Longest name of a connection, so that its socket's path stays short.
@@ -344,6 +398,35 @@ mod tests {
         let second = Claim::try_new_in(&candidates, "a").unwrap();
         assert!(!socket.exists());
         second.release();
+        fs::remove_dir_all(scratch).unwrap();
+    }
+
+    #[test]
+    fn what_programs_leave_does_not_grow_and_what_connections_leave_stays() {
+        let scratch = scratch("programs");
+        let candidates = [scratch.join("tp")];
+        // No process has such a number (PID_MAX_LIMIT).
+        let names = (0..12).map(|number| format!("run-{}", 5_000_000 + number));
+        for name in names.chain(["run-alone".to_owned(), "lab".to_owned()]) {
+            let claim = Claim::try_new_in(&candidates, &name).unwrap();
+            fs::write(claim.log(), "why").unwrap();
+            claim.release();
+        }
+        let well = Claim::try_new_in(&candidates, &program_name()).unwrap();
+        fs::write(well.log(), "fine").unwrap();
+        let (folder, log) = (well.folder.clone(), well.log());
+
+        well.release_program(true);
+
+        assert!(!log.exists());
+        let logs = folder.names_with(".log");
+        assert_eq!(logs.len(), PROGRAM_LOGS - 1 + 2, "{logs:?}");
+        assert_eq!(folder.names_with(".lock"), logs);
+        assert!(folder.log("lab").exists() && folder.log("run-alone").exists());
+        let ill = Claim::try_new_in(&candidates, &program_name()).unwrap();
+        fs::write(ill.log(), "why").unwrap();
+        ill.release_program(false);
+        assert_eq!(folder.names_with(".log").len(), PROGRAM_LOGS + 2);
         fs::remove_dir_all(scratch).unwrap();
     }
 

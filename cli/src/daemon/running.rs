@@ -315,7 +315,16 @@ impl Running {
     }
 
     /// Ends it: no new flows, open ones cut, session deleted, name free.
-    pub async fn end(mut self) {
+    pub async fn end(self) {
+        self.wind_up().await.release();
+    }
+
+    /// The same for a connection that was made for one program, which ended `well` or not.
+    pub async fn end_with_program(self, well: bool) {
+        self.wind_up().await.release_program(well);
+    }
+
+    async fn wind_up(mut self) -> Claim {
         self.stop.cancel();
         if !self.proxy.is_finished() {
             let drained = tokio::time::timeout(FLOWS_END_WITHIN, &mut self.proxy).await;
@@ -329,7 +338,7 @@ impl Running {
         self.access.end().await;
         let _ = self.control.await;
         tracing::info!("ended");
-        self.claim.release();
+        self.claim
     }
 }
 
