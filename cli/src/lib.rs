@@ -42,6 +42,13 @@ pub fn run(arguments: Vec<OsString>) -> Result<ExitCode, Failure> {
     {
         return Ok(run::inside::run(&arguments[2..]));
     }
+    #[cfg(target_os = "linux")]
+    if arguments
+        .get(1)
+        .is_some_and(|first| first == run::notify::keeper::COMMAND)
+    {
+        return Ok(run::notify::keeper::run(&arguments[2..]));
+    }
     let line = parse(arguments);
     let mut runtime = if line.carries_traffic() {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();

@@ -7,6 +7,7 @@
 //! A test begins with `let Some(cluster) = Cluster::shared() else { return };`, which starts the cluster where it is
 //! down, and says loudly how to run the test where root is missing.
 
+pub mod clients;
 pub mod cluster;
 pub mod connection;
 mod guard;

@@ -5,128 +5,9 @@ use std::time::Duration;
 
 use tp_tests::laptop::binary;
 use tp_tests::process::LIMIT;
-use tp_tests::{Cluster, Laptop, Namespace, Run, User, eventually};
+use tp_tests::{Cluster, Laptop, Namespace, Run, User, clients, eventually};
 
 const LONG: Duration = Duration::from_secs(240);
-
-/// Socket calls that curl does not make, each printing what came of it.
-const CLIENT: &str = r#"
-import errno, hashlib, os, socket, struct, sys, threading, time
-
-def tcp(host, port):
-    return socket.create_connection((host, port), timeout=20)
-
-def refused(host, port):
-    begun = time.time()
-    try:
-        tcp(host, port)
-        print("connected")
-    except OSError as error:
-        print(errno.errorcode.get(error.errno, error), "at once" if time.time() - begun < 3 else "late")
-
-def udp(host, size):
-    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    s.settimeout(5)
-    sent = os.urandom(size)
-    s.sendto(sent, (host, 7))
-    print("same" if s.recv(70000) == sent else "other")
-
-def ping(host):
-    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
-    s.settimeout(10)
-    s.sendto(struct.pack("!BBHHH", 8, 0, 0, 0, 1) + b"payload", (host, 0))
-    answer = s.recv(2000)
-    print("answered" if answer[0] == 0 and answer[8:] == b"payload" else answer)
-
-def half_close(host):
-    s = tcp(host, 9)
-    s.sendall(b"all of it")
-    s.shutdown(socket.SHUT_WR)
-    whole = b"".join(iter(lambda: s.recv(4096), b""))
-    print(whole.decode().strip() == "9 " + hashlib.sha256(b"all of it").hexdigest())
-
-def reset(host):
-    s = tcp(host, 14)
-    s.sendall(b"x")
-    try:
-        while s.recv(100):
-            pass
-        print("FIN")
-    except OSError as error:
-        print(errno.errorcode[error.errno])
-
-def echo(host, mebibytes):
-    s = tcp(host, 7)
-    block, sent, got, count = os.urandom(1 << 20), hashlib.sha256(), hashlib.sha256(), 0
-    def send():
-        for _ in range(mebibytes):
-            s.sendall(block)
-        s.shutdown(socket.SHUT_WR)
-    sender = threading.Thread(target=send)
-    sender.start()
-    s.settimeout(60)
-    while piece := s.recv(1 << 20):
-        got.update(piece)
-        count += len(piece)
-    for _ in range(mebibytes):
-        sent.update(block)
-    sender.join()
-    print(count, sent.digest() == got.digest())
-
-def many(host, number):
-    sockets = [tcp(host, 7) for _ in range(number)]
-    for i, s in enumerate(sockets):
-        s.sendall(b"%d" % i)
-    print(sum(s.recv(100) == b"%d" % i for i, s in enumerate(sockets)))
-
-for call in sys.argv[1:]:
-    eval(call)
-    sys.stdout.flush()
-"#;
-
-/// Forbids `unshare(2)` as a container's seccomp profile does, then becomes the command.
-const WITHOUT_NAMESPACES: &str = r#"
-import ctypes, os, platform, struct, sys
-number = {"x86_64": 272, "aarch64": 97}[platform.machine()]
-rules = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
-text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-class Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_void_p)]
-libc = ctypes.CDLL(None)
-assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, ctypes.byref(Program(4, ctypes.addressof(text))), 0, 0) == 0
-os.execvp(sys.argv[1], sys.argv[1:])
-"#;
-
-/// A shell on a terminal: stops and continues a job, interrupts it, and reports the window's size.
-const TERMINAL: &str = r#"
-import fcntl, os, pty, re, select, struct, sys, termios, time
-pid, terminal = pty.fork()
-if pid == 0:
-    os.execvp(sys.argv[1], sys.argv[1:])
-fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 101, 0, 0))
-seen = b""
-def until(pattern):
-    global seen
-    end = time.time() + 20
-    while not re.search(pattern, seen):
-        if time.time() > end:
-            sys.exit("waited for %r and saw %r" % (pattern, seen))
-        if select.select([terminal], [], [], 0.1)[0]:
-            seen += os.read(terminal, 4096)
-    seen = b""
-def say(text):
-    os.write(terminal, text)
-until(rb"READY> ")
-say(b"stty size\n"); until(rb"33 101\r\n[^\n]*READY> ")
-say(b"sleep 100\n"); time.sleep(0.5)
-say(b"\x1a"); until(rb"Stopped[^\n]*\n[^\n]*READY> ")
-say(b"fg\n"); time.sleep(0.5)
-say(b"\x03"); until(rb"READY> ")
-say(b"echo was $?\n"); until(rb"was 130\r\n[^\n]*READY> ")
-say(b"exit 7\n")
-print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"#;
 
 /// A namespace with our probe as Service `web`, and a user who may use it.
 fn with_probe<'a>(cluster: &'a Cluster, prefix: &str) -> (Namespace<'a>, Laptop) {
@@ -134,9 +15,9 @@ fn with_probe<'a>(cluster: &'a Cluster, prefix: &str) -> (Namespace<'a>, Laptop)
     namespace.probe("web");
     let user = User::of_namespace(cluster, "ada", &namespace);
     let laptop = Laptop::of(cluster, &user);
-    laptop.write_file("home/client.py", CLIENT);
-    laptop.write_file("home/without.py", WITHOUT_NAMESPACES);
-    laptop.write_file("home/terminal.py", TERMINAL);
+    laptop.write_file("home/client.py", clients::SOCKET_CALLS);
+    laptop.write_file("home/sandbox.py", clients::SANDBOX);
+    laptop.write_file("home/terminal.py", clients::TERMINAL);
     let begun = "curl -s -o /dev/null -m 2 http://web/";
     // The node's rules for a new Service come a moment after it.
     eventually("the Service is served", Duration::from_secs(20), || {
@@ -521,7 +402,7 @@ fn ports_are_forwarded_both_ways_where_asked() {
 }
 
 #[test]
-fn proxy_variables_serve_where_namespaces_are_refused() {
+fn proxy_variables_serve_where_all_else_is_refused() {
     let Some(cluster) = Cluster::with_manager() else {
         return;
     };
@@ -530,15 +411,24 @@ fn proxy_variables_serve_where_namespaces_are_refused() {
     let tp = binary("tp");
     let run = |flags: &[&str]| {
         let curl = ["--", "curl", "-sS", "-m", "20", "http://web/"];
-        let arguments = [&["without.py", &tp, "run"], flags, &curl[..]].concat();
+        let arguments = [
+            &["sandbox.py", "userns,seccomp", &tp, "run"],
+            flags,
+            &curl[..],
+        ]
+        .concat();
         laptop.run("python3", &arguments)
     };
 
     let explained = laptop
-        .run("python3", &["without.py", &tp, "run", "--explain"])
+        .run(
+            "python3",
+            &["sandbox.py", "userns,seccomp", &tp, "run", "--explain"],
+        )
         .ok();
     let automatic = run(&[]).ok();
     let forced = run(&["--method", "netns"]).exits(125);
+    let offline = run(&["--offline"]).exits(125);
     let chosen = run(&["--method", "proxy-env"]).ok();
 
     assert!(
@@ -558,6 +448,9 @@ fn proxy_variables_serve_where_namespaces_are_refused() {
         forced.report()
     );
     assert_eq!(chosen.out(), "hello-from-probe\n");
+    for what in ["making namespaces", "--method notify", "--method proxy-env"] {
+        assert!(offline.err().contains(what), "{what}: {}", offline.report());
+    }
 }
 
 #[test]

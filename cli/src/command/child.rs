@@ -107,9 +107,21 @@ pub(super) fn not_started(program: &OsString, error: &io::Error) -> Failure {
 
 /// Passes a signal on to a program, unless the terminal has sent it one already.
 pub(super) fn forward(signal: Signal, child: &Child) {
-    let by_terminal = matches!(signal, Signal::INT | Signal::QUIT) && in_foreground();
-    if let (false, Some(pid)) = (by_terminal, pid(child)) {
+    if let (false, Some(pid)) = (heard_already(signal), pid(child)) {
         let _ = kill_process(pid, signal);
+    }
+}
+
+/// Whether the terminal has sent this signal to the program too.
+pub(super) fn heard_already(signal: Signal) -> bool {
+    matches!(signal, Signal::INT | Signal::QUIT) && in_foreground()
+}
+
+/// Says that programs were left running and had to be ended.
+pub(super) fn note_left(left: usize) {
+    if left > 0 {
+        let what = crate::report::counted(left as u64, "program");
+        crate::report::note(&format!("ended what was left running: {what}"));
     }
 }
 
@@ -122,6 +134,11 @@ pub(super) fn exit_code(status: ExitStatus) -> ExitCode {
         code.and_then(|code| u8::try_from(code).ok())
             .unwrap_or(crate::report::FAILED),
     )
+}
+
+/// Whether the program ran and has nothing to complain of.
+pub(super) fn ended_well(code: &Result<ExitCode, Failure>) -> bool {
+    matches!(code, Ok(code) if *code == ExitCode::SUCCESS)
 }
 
 fn pid(child: &Child) -> Option<Pid> {

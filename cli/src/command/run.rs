@@ -1,13 +1,16 @@
 //! `tp run`: one program sees the cluster.
 
+mod calls;
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::ValueEnum;
+use rustix::process::Rlimit;
 
 use super::child::{self, Signals};
 use super::connect::{before_command, connection_name, rule, up_with};
 use super::manager_args::ManagerArgs;
+use crate::daemon::folder;
 use crate::daemon::parameters::{Listen, Parameters};
 use crate::daemon::peers::{self, Peer};
 use crate::kubeconfig::Selectors;
@@ -15,10 +18,12 @@ use crate::report::{self, Failure, OrFail, Output};
 use crate::run::device::Kind;
 use crate::run::dns;
 use crate::run::explain;
-use crate::run::lease::Wanted;
+use crate::run::lease::{From, Wanted};
 use crate::run::link::{Carrying, Link};
+use crate::run::method::Method;
 use crate::run::namespace::{Namespace, NotRun};
-use crate::run::plan::{Plan, Refused};
+use crate::run::notify::program::Starting;
+use crate::run::plan::{Made, Plan, Refused};
 use crate::run::publish::{self, Published};
 
 /// Run a program whose network is the cluster's: any program, without root, and nothing else changes
@@ -26,6 +31,13 @@ use crate::run::publish::{self, Published};
 /// It uses the connection that is up, or one of its own that ends with it. Names resolve as in a pod; what is outside of
 /// the cluster is reached from this workstation.
 #[derive(clap::Args, Debug, Clone)]
+#[command(after_help = "\
+Examples:
+  tp run -- ./my-service                    as if it ran in the connection's namespace
+  tp run -n shop -- psql -h db orders       short names of another namespace
+  tp run --publish 8080 -- ./my-service     and reach its port 8080 at localhost:8080
+  tp run --explain                          what works on this machine, what does not, and the cure
+")]
 pub struct Args {
     /// Namespace whose Services are reached by their short names [default: the connection's]
     #[arg(short, long, value_name = "NAMESPACE")]
@@ -33,10 +45,10 @@ pub struct Args {
     /// Use this connection [default: the only one, or one of its own]
     #[arg(long, value_name = "NAME", value_parser = connection_name, conflicts_with_all = ["via", "temporary"])]
     pub name: Option<String>,
-    /// How the program gets to the cluster
+    /// How the program gets to the cluster; `tp run --explain` says what each can do here
     #[arg(long, value_enum, default_value_t = Method::Auto)]
     pub method: Method,
-    /// Only say what would be chosen here, and what will not work
+    /// Run nothing; say which methods work here, which would be chosen, and what will not work
     #[arg(long)]
     pub explain: bool,
     /// Reach the cluster only, and nothing from this workstation
@@ -57,7 +69,7 @@ pub struct Args {
     /// Never send this to the cluster: CIDR, host or *.suffix; repeatable
     #[arg(long, value_name = "WHAT", value_delimiter = ',', value_parser = rule)]
     pub never_proxy: Vec<String>,
-    /// What carries the program's packets [default: tun, or veth where /dev/net/tun is root's alone]
+    /// What carries the program's packets with `--method netns` [default: tun, or veth where /dev/net/tun is root's alone]
     #[arg(long, value_enum)]
     pub device: Option<Kind>,
     /// Where the manager is.
@@ -75,17 +87,6 @@ pub struct Args {
     pub command: Vec<OsString>,
 }
 
-/// How a program gets to the cluster.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Method {
-    /// The best that works here
-    Auto,
-    /// Network of its own: every program, TCP, UDP and ping
-    Netns,
-    /// Proxy variables: programs that heed them
-    ProxyEnv,
-}
-
 /// Runs it.
 ///
 /// # Errors
@@ -96,37 +97,51 @@ pub async fn run(args: Args, _output: &Output) -> Result<ExitCode, Failure> {
     }
     match args.method {
         Method::ProxyEnv => by_variables(&args).await,
+        Method::Notify => calls::run(&args).await,
         Method::Auto | Method::Netns => in_namespace(&args).await,
     }
     .map_err(before_command)
 }
 
 async fn explain(args: &Args) -> Result<ExitCode, Failure> {
-    let tried =
-        Namespace::start(&args.plan(), &[]).or_fail(|| "cannot start a process".to_owned())?;
-    let made = tried.made();
+    let cannot = || "cannot start a process".to_owned();
+    let tried = Namespace::start(&args.plan(), &[]).or_fail(cannot)?;
+    let beside = Starting::start(&[], child::open_files()).or_fail(cannot)?;
+    let made = tried.made().map(|(made, _)| made);
+    tried.end();
+    let kept = match beside.ready() {
+        Ok((kept, _)) => {
+            kept.end().await;
+            Ok(())
+        }
+        Err(refused) => Err(refused),
+    };
+    let found = explain::Found {
+        chosen: args.choose(&made, &kept),
+        made,
+        kept,
+    };
     let connection = match args.peer() {
         Ok(Some(peer)) => Ok(format!("the one named {}", peer.name)),
         Ok(None) => Ok("one of its own, which ends with the program".to_owned()),
         Err(failure) => Err(failure.what),
     };
-    let told = explain::told(&made.map(|(made, _)| made), &connection);
-    report::write_out(&told)?;
+    report::write_out(&explain::told(&found, &connection))?;
     Ok(ExitCode::SUCCESS)
 }
 
 async fn in_namespace(args: &Args) -> Result<ExitCode, Failure> {
     let cannot = || "cannot start a process".to_owned();
     let mut signals = Signals::watch()?;
+    let open_files = child::open_files();
     // At the same time as the connection; and before it, so that the program has this shell's limits.
     let namespace = Namespace::start(&args.plan(), &args.command).or_fail(cannot)?;
     let link = args.link(&mut signals).await?;
     let (made, descriptors) = match namespace.made() {
         Ok(made) => made,
         Err(refused) => {
-            link.end().await;
             namespace.end();
-            return instead(args, &refused).await;
+            return instead(args, link, &refused, open_files, &mut signals).await;
         }
     };
     for note in &made.notes {
@@ -141,7 +156,11 @@ async fn in_namespace(args: &Args) -> Result<ExitCode, Failure> {
             return Err(failure);
         }
     };
-    let wanted = args.wanted(made.device, &made.listeners);
+    let wanted = args.wanted(From::Device {
+        kind: made.device,
+        forwards: args.forwards(&made.listeners),
+        offline: args.offline,
+    });
     let carrying = link.carry(&wanted, descriptors).await?;
     let ended = live(args, namespace, names, published, carrying, &mut signals).await;
     ended.map_err(before_command)
@@ -171,12 +190,8 @@ async fn live(
             Err(Failure::new("the namespace broke down").caused_by(&error))
         }
     };
-    let left = namespace.end();
-    if left > 0 {
-        let what = report::counted(left as u64, "program");
-        report::note(&format!("ended what was left running: {what}"));
-    }
-    carrying.end().await;
+    child::note_left(namespace.end());
+    carrying.end(child::ended_well(&code)).await;
     code
 }
 
@@ -234,14 +249,45 @@ async fn next_loss(carrying: &mut Carrying, network: Network) -> Option<Failure>
 }
 
 /// What to do where there is no namespace.
-async fn instead(args: &Args, refused: &Refused) -> Result<ExitCode, Failure> {
-    let failure = explain::failure(refused);
-    let only_variables = args.publish.is_empty() && args.host_loopback.is_empty() && !args.offline;
-    if args.method == Method::Netns || args.device.is_some() || !only_variables {
+async fn instead(
+    args: &Args,
+    link: Link,
+    refused: &Refused,
+    open_files: Rlimit,
+    signals: &mut Signals,
+) -> Result<ExitCode, Failure> {
+    let mut failure = explain::failure("the program cannot get a network of its own here", refused);
+    if args.method == Method::Netns || args.device.is_some() {
+        link.end().await;
         return Err(failure);
     }
+    let why_not = match args.unfit_for_calls() {
+        Some(why) => why,
+        None => {
+            let starting = Starting::start(&args.command, open_files);
+            let starting = starting.or_fail(|| "cannot start a process".to_owned())?;
+            match starting.ready() {
+                Ok((kept, descriptors)) => {
+                    report::note(&format!(
+                        "note: no namespaces here ({}), so --method notify is used: TCP and names only, see \
+                         `tp run --explain`",
+                        refused.why
+                    ));
+                    return calls::live(args, link, kept, descriptors, signals).await;
+                }
+                Err(refused) => format!("{}: {}", refused.step, refused.why),
+            }
+        }
+    };
+    link.end().await;
+    failure = failure.because(format!("--method notify: {why_not}"));
+    if args.needs_own_network() {
+        return Err(failure.because(
+            "--method proxy-env: it has neither --publish nor --host-loopback nor --offline",
+        ));
+    }
     report::note(&format!(
-        "warning: {} ({}); going on with proxy variables, which not every program heeds",
+        "warning: {} ({}; {why_not}); going on with proxy variables, which not every program heeds",
         failure.what, refused.why
     ));
     by_variables(args).await
@@ -260,7 +306,7 @@ async fn by_variables(args: &Args) -> Result<ExitCode, Failure> {
         Ok(mut child) => wait(&mut child, &mut signals).await,
         Err(failure) => Err(failure),
     };
-    running.end().await;
+    running.end_with_program(child::ended_well(&code)).await;
     code
 }
 
@@ -312,7 +358,7 @@ impl Args {
     /// The rules are not the connection's but the program's.
     fn parameters(&self) -> Parameters {
         Parameters {
-            name: Some(format!("run-{}", std::process::id())),
+            name: Some(folder::program_name()),
             selectors: self.selectors.clone(),
             namespace: self.namespace.clone(),
             manager_namespace: self.manager.manager_namespace.clone(),
@@ -326,18 +372,61 @@ impl Args {
         }
     }
 
-    fn wanted(&self, device: Kind, listeners: &[u16]) -> Wanted {
+    fn wanted(&self, from: From) -> Wanted {
+        Wanted {
+            from,
+            all: self.all,
+            also_proxy: self.also_proxy.clone(),
+            never_proxy: self.never_proxy.clone(),
+        }
+    }
+
+    /// Where each listener of the namespace leads.
+    fn forwards(&self, listeners: &[u16]) -> Vec<u16> {
         let outside = |port: &u16| {
             let forwarded = self.host_loopback.iter().find(|(inside, _)| inside == port);
             forwarded.map_or(*port, |(_, outside)| *outside)
         };
-        Wanted {
-            device,
-            forwards: listeners.iter().map(outside).collect(),
-            offline: self.offline,
-            all: self.all,
-            also_proxy: self.also_proxy.clone(),
-            never_proxy: self.never_proxy.clone(),
+        listeners.iter().map(outside).collect()
+    }
+
+    /// What only a namespace gives.
+    fn needs_own_network(&self) -> bool {
+        self.offline || !self.publish.is_empty() || !self.host_loopback.is_empty()
+    }
+
+    /// Why answering system calls is not enough. The program shares the workstation's network then, so ports that are to
+    /// be the same on both sides are so by themselves.
+    fn unfit_for_calls(&self) -> Option<String> {
+        let why = if self.offline {
+            "it cannot keep a program from this workstation's network, as --offline asks"
+        } else if self.device.is_some() {
+            "there is no network device, as --device asks for"
+        } else if self
+            .host_loopback
+            .iter()
+            .any(|(inside, outside)| inside != outside)
+        {
+            "the program's loopback is this workstation's, so --host-loopback cannot change a port"
+        } else if self
+            .publish
+            .iter()
+            .any(|published| !published.is_by_itself())
+        {
+            "the program listens on this workstation itself, so --publish cannot change a port or an address"
+        } else {
+            return None;
+        };
+        Some(why.to_owned())
+    }
+
+    /// What `--explain` is about.
+    fn choose(&self, made: &Result<Made, Refused>, kept: &Result<(), Refused>) -> Method {
+        match self.method {
+            Method::Auto if made.is_ok() => Method::Netns,
+            Method::Auto if kept.is_ok() => Method::Notify,
+            Method::Auto => Method::ProxyEnv,
+            chosen @ (Method::Netns | Method::Notify | Method::ProxyEnv) => chosen,
         }
     }
 
@@ -391,7 +480,7 @@ mod tests {
     #[test]
     fn flags_that_make_no_sense_are_usage_errors() {
         for line in [
-            "--method notify -- x",
+            "--method magic -- x",
             "--device tap -- x",
             "--host-loopback 0 -- x",
             "--host-loopback 1:2:3 -- x",
@@ -409,7 +498,23 @@ mod tests {
         let args = parse("--host-loopback 5432:15432,80 -- x").unwrap();
 
         assert_eq!(args.plan().forwarded, [5432, 80]);
-        let wanted = args.wanted(Kind::Tun, &[5432, 5432, 80]);
-        assert_eq!(wanted.forwards, [15432, 15432, 80]);
+        assert_eq!(args.forwards(&[5432, 5432, 80]), [15432, 15432, 80]);
+    }
+
+    #[test]
+    fn what_a_shared_network_gives_by_itself_needs_no_namespace() {
+        let fits = |line: &str| parse(line).unwrap().unfit_for_calls().is_none();
+
+        assert!(fits("-- x"));
+        assert!(fits("--host-loopback 80,5432:5432 --publish 8080 -- x"));
+        for line in [
+            "--offline -- x",
+            "--device tun -- x",
+            "--host-loopback 80:8080 -- x",
+            "--publish 8080:80 -- x",
+            "--publish 0.0.0.0:80:80 -- x",
+        ] {
+            assert!(!fits(line), "{line}");
+        }
     }
 }

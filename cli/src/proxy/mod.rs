@@ -10,7 +10,7 @@ mod direct;
 mod flow_io;
 pub mod http;
 pub mod pac;
-mod peer;
+pub(crate) mod peer;
 pub mod rule;
 mod scratch;
 pub mod socks5;

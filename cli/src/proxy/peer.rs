@@ -12,13 +12,13 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 
 /// The kind of socket that the peer holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Protocol {
+pub(crate) enum Protocol {
     Tcp,
     Udp,
 }
 
 /// Whether the socket `client`, which speaks to our socket `server`, belongs to the user that runs this process.
-pub(super) fn is_same_user(protocol: Protocol, client: SocketAddr, server: SocketAddr) -> bool {
+pub(crate) fn is_same_user(protocol: Protocol, client: SocketAddr, server: SocketAddr) -> bool {
     match owner(protocol, client, server) {
         Ok(uid) => uid == rustix::process::geteuid().as_raw(),
         Err(Unknown::Gone) => false,

@@ -9,15 +9,14 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener as StdTcpListener};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::runtime::Handle;
-use tokio::sync::{oneshot, watch};
-use tokio::task::{JoinSet, LocalSet};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tp_netstack::{DialOutcome, EchoRequest, Unreachable};
 use tp_tunnel::{DatagramFlow, DialErrorKind, Target, set_up_flow_socket};
@@ -27,6 +26,7 @@ use super::dial::{Dialer, Outbound, Refusal};
 use super::dns::{self, Names, RESOLVER, Transport};
 use super::relay;
 use super::shard::{self, Association, Incoming, Pending, Pump, Shard, Stream};
+use super::worker::Worker;
 use crate::proxy::{Split, Upstream, UserRules};
 
 /// What one `tp run` asks for.
@@ -45,70 +45,14 @@ pub struct Config {
     pub offline: bool,
 }
 
-/// A bridge that runs. Dropping it ends it, and resets every flow.
-#[derive(Debug)]
-pub struct Bridge {
-    stop: CancellationToken,
-    ended: oneshot::Receiver<io::Error>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Bridge {
-    /// Starts it. To be called on the runtime that the connection's tunnel lives on.
-    ///
-    /// # Errors
-    /// The device cannot be used, or no thread is free.
-    pub fn start(config: Config) -> io::Result<Self> {
-        let outside = Handle::current();
-        let stop = CancellationToken::new();
-        let stopped = stop.clone();
-        let (ended_tx, ended) = oneshot::channel();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        let thread = std::thread::Builder::new()
-            .name("tp-run".to_owned())
-            .spawn(move || {
-                let served =
-                    runtime.block_on(LocalSet::new().run_until(serve(config, outside, stopped)));
-                if let Err(error) = served {
-                    // Nobody may be left who wants to know.
-                    let _ = ended_tx.send(error);
-                }
-            })?;
-        Ok(Self {
-            stop,
-            ended,
-            thread: Some(thread),
-        })
-    }
-
-    /// Ends it, and returns when every flow has been reset. Cancel safe.
-    pub async fn stop(&mut self) {
-        self.stop.cancel();
-        if !self.ended.is_terminated() {
-            // Either way its thread is done.
-            let _ = (&mut self.ended).await;
-        }
-    }
-
-    /// Waits until it ends by itself, and says why. Cancel safe.
-    pub async fn ended(&mut self) -> io::Error {
-        match (&mut self.ended).await {
-            Ok(error) => error,
-            Err(_) => io::Error::other("its thread broke down"),
-        }
-    }
-}
-
-impl Drop for Bridge {
-    fn drop(&mut self) {
-        self.stop.cancel();
-        if let Some(thread) = self.thread.take() {
-            // A panic was already reported by its hook.
-            let _ = thread.join();
-        }
-    }
+/// Starts carrying a namespace's packets. Its flows are reset when the worker is dropped. To be called on the runtime that
+/// the connection's tunnel lives on.
+///
+/// # Errors
+/// No thread is free.
+pub fn start(config: Config) -> io::Result<Worker> {
+    let outside = Handle::current();
+    Worker::start(move |stop| serve(config, outside, stop))
 }
 
 /// What every connection of one bridge needs.
@@ -179,7 +123,7 @@ async fn carry(
 }
 
 /// The connection's rules and this program's, followed as the cluster changes.
-fn with_rules(
+pub(super) fn with_rules(
     mut split_rx: watch::Receiver<Arc<Split>>,
     rules: UserRules,
     tasks: &mut JoinSet<()>,

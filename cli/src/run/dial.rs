@@ -87,6 +87,11 @@ impl Dialer {
         self.upstream.split.borrow().clone()
     }
 
+    /// Whether a program is left to connect by itself.
+    pub(super) fn is_outside(&self, host: &Host) -> bool {
+        matches!(self.way(host), Ok(Way::Direct(_)))
+    }
+
     /// A name is dialled only where its address alone would not say that it is the cluster's.
     fn way(&self, host: &Host) -> Result<Way, Refusal> {
         match (self.split().route(host), host) {

@@ -164,7 +164,7 @@ fn learn(names: &Names, split: &Split, answer: &Message) {
 }
 
 /// Fits an answer to what the asker takes over UDP: what is too long is asked again over TCP (RFC 1035 §4.2.1).
-fn cut(answer: Vec<u8>, largest: u16) -> Vec<u8> {
+pub(super) fn cut(answer: Vec<u8>, largest: u16) -> Vec<u8> {
     if answer.len() <= usize::from(largest) {
         return answer;
     }

@@ -5,18 +5,46 @@
 use std::fmt::Write as _;
 use std::fs;
 
+use super::method::Method;
 use super::plan::{Made, Refused};
 use crate::report::Failure;
 
+/// What was tried.
+pub struct Found {
+    /// The method that would be used.
+    pub chosen: Method,
+    /// A namespace.
+    pub made: Result<Made, Refused>,
+    /// A process that answers system calls.
+    pub kept: Result<(), Refused>,
+}
+
 /// What holds in every namespace, however it is made.
-const LIMITS: [&str; 3] = [
+const IN_NAMESPACES: [&str; 3] = [
     "setuid programs (sudo, su, a setuid ping) do not gain rights in there; ping without setuid works",
     "files of other users show the owner `nobody`",
     "a ping is answered if its destination accepts or refuses TCP; round trips are those of a connection",
 ];
 
+/// What holds where system calls are answered.
+const BY_CALLS: [&str; 6] = [
+    "TCP and names only: UDP to the cluster, ping and all else leave from this workstation and get lost",
+    "names come from the cluster only where /etc/resolv.conf is heeded; musl's resolver rejects the answers, which do not \
+     come from the nameserver's own address",
+    "ports that the program listens on are this workstation's, and so is its localhost: no --publish, no --host-loopback",
+    "setuid programs do not gain rights; 32-bit programs have no sockets; io_uring is not there",
+    "a program that forbids to be looked at, as ssh-agent does, is left to this workstation's network",
+    "getsockname shows a loopback address; getpeername shows the destination",
+];
+
+/// What holds for proxy variables.
+const BY_VARIABLES: [&str; 2] = [
+    "only programs that heed HTTP_PROXY or ALL_PROXY; others reach this workstation's network",
+    "TCP only; --publish, --host-loopback and --offline are not there",
+];
+
 /// One line for each finding.
-pub fn told(made: &Result<Made, Refused>, connection: &Result<String, String>) -> String {
+pub fn told(found: &Found, connection: &Result<String, String>) -> String {
     let mut text = String::new();
     let mut line = |name: &str, what: &str| {
         let _ = writeln!(text, "{name:<12}{what}");
@@ -25,38 +53,61 @@ pub fn told(made: &Result<Made, Refused>, connection: &Result<String, String>) -
         Ok(connection) => line("connection", connection),
         Err(why) => line("connection", &format!("none to use: {why}")),
     }
-    match made {
-        Ok(made) => {
-            line("method", "netns: a network of its own for the program");
-            for (kind, why) in &made.passed_over {
-                line("device", &format!("{kind} cannot be made here: {why}"));
-            }
-            line("device", &format!("{} is used", made.device));
-            for note in &made.notes {
-                line("missing", note);
-            }
-            for limit in LIMITS {
-                line("limit", limit);
-            }
-        }
+    match &found.made {
+        Ok(_) => line("netns", "works"),
         Err(refused) => {
-            line(
-                "netns",
-                &format!("refused when {}: {}", refused.step, refused.why),
-            );
+            line("netns", &refusal(refused));
             line("cure", &cure(refused));
+        }
+    }
+    match &found.kept {
+        Ok(()) => line("notify", "works"),
+        Err(refused) => line("notify", &refusal(refused)),
+    }
+    line("proxy-env", "works for programs that heed it");
+    match found.chosen {
+        Method::Netns | Method::Auto => {
+            line("method", "netns: a network of its own for the program");
+            if let Ok(made) = &found.made {
+                devices(made, &mut line);
+            }
+            IN_NAMESPACES.iter().for_each(|limit| line("limit", limit));
+        }
+        Method::Notify => {
+            line(
+                "method",
+                "notify: the program's connects and questions for names are answered",
+            );
+            BY_CALLS.iter().for_each(|limit| line("limit", limit));
+        }
+        Method::ProxyEnv => {
             line(
                 "method",
                 "proxy-env: only for programs that heed proxy variables",
             );
+            BY_VARIABLES.iter().for_each(|limit| line("limit", limit));
         }
     }
     text
 }
 
-/// The same as an error.
-pub fn failure(refused: &Refused) -> Failure {
-    Failure::new("the program cannot get a network of its own here")
+fn devices(made: &Made, line: &mut impl FnMut(&str, &str)) {
+    for (kind, why) in &made.passed_over {
+        line("device", &format!("{kind} cannot be made here: {why}"));
+    }
+    line("device", &format!("{} is used", made.device));
+    for note in &made.notes {
+        line("missing", note);
+    }
+}
+
+fn refusal(refused: &Refused) -> String {
+    format!("refused when {}: {}", refused.step, refused.why)
+}
+
+/// The same as an error, which says `what` cannot be.
+pub fn failure(what: &str, refused: &Refused) -> Failure {
+    Failure::new(what)
         .because(format!("{}: {}", refused.step, refused.why))
         .hint(cure(refused))
 }
@@ -95,8 +146,7 @@ fn cure_of(apparmor: &str, clone: &str, limit: &str, program: &str) -> String {
         return "allow user namespaces with `sudo sysctl user.max_user_namespaces=10000`"
             .to_owned();
     }
-    "a sandbox around this shell forbids it, such as a container's seccomp profile; outside of it this works, and \
-     `--method proxy-env` works here"
+    "a sandbox around this shell forbids it, such as a container's seccomp profile; outside of it this works"
         .to_owned()
 }
 
@@ -114,9 +164,22 @@ mod tests {
         }
     }
 
+    fn refused(step: &str) -> Refused {
+        Refused {
+            step: step.into(),
+            why: "Operation not permitted".into(),
+            by_policy: true,
+        }
+    }
+
     #[test]
     fn what_was_tried_and_what_was_chosen_are_a_line_each() {
-        let text = told(&Ok(made()), &Ok("the one named lab".into()));
+        let found = Found {
+            chosen: Method::Netns,
+            made: Ok(made()),
+            kept: Err(refused("x")),
+        };
+        let text = told(&found, &Ok("the one named lab".into()));
 
         assert!(
             text.contains("tun cannot be made here: Permission denied\n"),
@@ -124,6 +187,22 @@ mod tests {
         );
         assert!(text.contains("veth is used\n"), "{text}");
         assert!(text.contains("missing     a note\n"), "{text}");
+        assert!(text.contains("notify      refused when x"), "{text}");
+    }
+
+    #[test]
+    fn the_limits_are_those_of_the_method_that_was_chosen() {
+        let found = |chosen| Found {
+            chosen,
+            made: Err(refused("making namespaces")),
+            kept: Ok(()),
+        };
+        let text = |chosen| told(&found(chosen), &Ok(String::new()));
+
+        assert!(text(Method::Notify).contains("method      notify"));
+        assert!(text(Method::Notify).contains(BY_CALLS[0]));
+        assert!(!text(Method::ProxyEnv).contains(BY_CALLS[0]));
+        assert!(text(Method::ProxyEnv).contains("cure        "));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
@@ -33,13 +33,15 @@ const END_WITHIN: Duration = Duration::from_secs(2);
 /// No process is free.
 pub(super) fn start(outside: OwnedFd) -> io::Result<()> {
     match sys::fork_sibling()? {
-        Fork::Parent => Ok(()),
+        Fork::Parent(_) => Ok(()),
         Fork::Child => std::process::exit(i32::from(live(outside).is_err())),
     }
 }
 
 fn live(outside: OwnedFd) -> io::Result<()> {
-    let_go(&outside)?;
+    // Away from the terminal's session.
+    rustix::process::setsid()?;
+    let_go(&[outside.as_fd()])?;
     loop {
         match passing::receive(&outside) {
             Ok(Some((ToGuard::Socket, _))) => give_socket(&outside)?,
@@ -49,7 +51,7 @@ fn live(outside: OwnedFd) -> io::Result<()> {
         }
     }
     let ended = FromGuard::Ended {
-        processes: clear()?,
+        processes: clear(others)?,
         guard: rustix::process::getpid().as_raw_pid(),
     };
     // Nobody may be there to hear it.
@@ -63,9 +65,8 @@ fn give_socket(outside: &OwnedFd) -> io::Result<()> {
     passing::send(outside, &FromGuard::Socket, &[socket.as_fd()])
 }
 
-/// Leaves the terminal's session and everything that was inherited: a pipe held here would seem open to its reader.
-fn let_go(outside: &OwnedFd) -> io::Result<()> {
-    rustix::process::setsid()?;
+/// Leaves everything that was inherited but `kept`: a pipe held here would seem open to its reader.
+pub(super) fn let_go(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     let null = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -74,12 +75,12 @@ fn let_go(outside: &OwnedFd) -> io::Result<()> {
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
     std::mem::forget(null);
-    sys::close_all_but(outside);
+    sys::close_all_but(kept);
     std::env::set_current_dir("/")
 }
 
-/// Ends every other process here; says how many there were.
-fn clear() -> io::Result<usize> {
+/// Ends all `others`; says how many there were. Blocks until they have gone, or for 2 s.
+pub(super) fn clear(others: impl Fn() -> io::Result<Vec<Pid>>) -> io::Result<usize> {
     let begun = Instant::now();
     let first = others()?;
     let mut left = first.clone();

@@ -37,7 +37,7 @@ pub fn run(arguments: &[OsString]) -> ExitCode {
     code
 }
 
-fn socket(number: &OsString) -> io::Result<OwnedFd> {
+pub(super) fn socket(number: &OsString) -> io::Result<OwnedFd> {
     let number = number.to_str().and_then(|number| number.parse().ok());
     sys::inherited_socket(number.ok_or(io::ErrorKind::InvalidInput)?)
 }
@@ -59,7 +59,10 @@ fn live(control: &OwnedFd, guard: OwnedFd, program: &[OsString]) -> io::Result<I
     become_program(control, resolv_conf, &go, program)
 }
 
-fn next<T: serde::de::DeserializeOwned>(control: &OwnedFd) -> io::Result<(T, Vec<OwnedFd>)> {
+/// The next message; the end is an error.
+pub(super) fn next<T: serde::de::DeserializeOwned>(
+    control: &OwnedFd,
+) -> io::Result<(T, Vec<OwnedFd>)> {
     passing::receive(control)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 

@@ -1,7 +1,7 @@
-//! How a connection's daemon comes to carry the packets of a namespace that another process made.
+//! How a connection's daemon comes to serve a program that another process runs.
 //!
-//! `tp run` passes the device's descriptor over the control socket. The daemon puts a [`Bridge`] on it for as long as
-//! that socket is open: however `tp run` ends, the bridge ends with it. And if the daemon ends, `tp run` sees it here.
+//! `tp run` passes descriptors over the control socket: a network device, or a keeper's channel. The daemon puts a
+//! [`Worker`] on them for as long as that socket is open: however `tp run` ends, the worker ends with it. And if the daemon ends, `tp run` sees it here.
 
 use std::io;
 use std::net::TcpListener;
@@ -12,26 +12,44 @@ use tokio::io::{AsyncReadExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
-use super::bridge::{Bridge, Config};
+use super::bridge;
 use super::device::Kind;
+use super::notify::opener;
 use super::passing;
+use super::worker::Worker;
 use crate::proxy::{Rule, Upstream, UserRules};
 
-/// What comes with the descriptors: the device's, then the listeners'.
+/// What comes with the descriptors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Wanted {
-    /// The kind of device.
-    pub device: Kind,
-    /// Where each listener leads on the workstation's loopback.
-    pub forwards: Vec<u16>,
-    /// Only the cluster is reached.
-    pub offline: bool,
+    /// How the program's connections arrive.
+    pub from: From,
     /// Everything goes to the cluster.
     pub all: bool,
     /// Rules for what goes there besides.
     pub also_proxy: Vec<String>,
     /// Rules for what never goes there.
     pub never_proxy: Vec<String>,
+}
+
+/// How a program's connections arrive.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum From {
+    /// As packets. The device's descriptor comes first, then the listeners'.
+    Device {
+        /// Its kind.
+        kind: Kind,
+        /// Where each listener leads on the workstation's loopback.
+        forwards: Vec<u16>,
+        /// Only the cluster is reached.
+        offline: bool,
+    },
+    /// As system calls that a keeper answers. Its channel comes first, then the sockets that get questions for names.
+    Calls {
+        /// Namespace whose short names resolve, instead of the connection's.
+        namespace: Option<String>,
+    },
 }
 
 /// What comes of it.
@@ -46,15 +64,15 @@ enum Answer {
     Ending,
 }
 
-/// The command's end. While it lives, the daemon carries the packets.
+/// The command's end. While it lives, the daemon serves the program.
 #[derive(Debug)]
 pub struct Lease(UnixStream);
 
 impl Lease {
-    /// Hands a namespace over.
+    /// Hands a program over.
     ///
     /// # Errors
-    /// The daemon cannot carry it, or has gone.
+    /// The daemon cannot serve it, or has gone.
     pub async fn take(
         mut stream: UnixStream,
         wanted: &Wanted,
@@ -73,7 +91,7 @@ impl Lease {
         }
     }
 
-    /// Returns when the daemon is about to carry nothing any more, or has gone. Cancel safe.
+    /// Returns when the daemon is about to serve nothing any more, or has gone. Cancel safe.
     pub async fn ended(&mut self) {
         // It says nothing else; what cannot be read is an end too.
         let _ = next::<Answer>(&mut self.0).await;
@@ -102,24 +120,40 @@ impl Wanted {
         })
     }
 
-    /// A bridge for these descriptors.
+    /// What serves the program behind these descriptors.
     ///
     /// # Errors
     /// They are not what was promised, or cannot be used.
-    pub fn bridge(&self, descriptors: Vec<OwnedFd>, upstream: Upstream) -> io::Result<Bridge> {
+    pub fn serve(&self, descriptors: Vec<OwnedFd>, upstream: Upstream) -> io::Result<Worker> {
         let mut descriptors = descriptors.into_iter();
-        let descriptor = descriptors
+        let first = descriptors
             .next()
-            .ok_or_else(|| io::Error::other("no device came with it"))?;
-        let listeners = descriptors.map(TcpListener::from);
-        Bridge::start(Config {
-            device: self.device,
-            descriptor,
-            forwards: listeners.zip(self.forwards.iter().copied()).collect(),
-            upstream,
-            rules: self.rules()?,
-            offline: self.offline,
-        })
+            .ok_or_else(|| io::Error::other("no descriptor came with it"))?;
+        let rules = self.rules()?;
+        match &self.from {
+            From::Device {
+                kind,
+                forwards,
+                offline,
+            } => bridge::start(bridge::Config {
+                device: *kind,
+                descriptor: first,
+                forwards: descriptors
+                    .map(TcpListener::from)
+                    .zip(forwards.iter().copied())
+                    .collect(),
+                upstream,
+                rules,
+                offline: *offline,
+            }),
+            From::Calls { namespace } => opener::start(opener::Config {
+                channel: first,
+                resolvers: descriptors.collect(),
+                upstream,
+                rules,
+                namespace: namespace.clone(),
+            }),
+        }
     }
 }
 
@@ -132,20 +166,20 @@ pub async fn serve(mut stream: UnixStream, upstream: Upstream, stop: Cancellatio
     let Ok(Some((wanted, descriptors))) = wanted else {
         return;
     };
-    let (answer, bridge) = match wanted.bridge(descriptors, upstream) {
-        Ok(bridge) => (Answer::Carrying, Some(bridge)),
+    let (answer, worker) = match wanted.serve(descriptors, upstream) {
+        Ok(worker) => (Answer::Carrying, Some(worker)),
         Err(error) => {
             let reason = error.to_string();
             (Answer::Refused { reason }, None)
         }
     };
     let told = stream.async_io(Interest::WRITABLE, || passing::send(&stream, &answer, &[]));
-    if let (Ok(()), Some(mut bridge)) = (told.await, bridge) {
-        tracing::info!(device = %wanted.device, "carrying a namespace");
+    if let (Ok(()), Some(mut worker)) = (told.await, worker) {
+        tracing::info!(from = ?wanted.from, "serving a program");
         tokio::select! {
             () = gone(&mut stream) => {}
             () = stop.cancelled() => {}
-            error = bridge.ended() => tracing::warn!(%error, "a namespace is not carried any more"),
+            error = worker.ended() => tracing::warn!(%error, "a program is not served any more"),
         }
         // The command hears of the end before its program does, which may end at once when its flows are reset.
         let ending = stream.async_io(Interest::WRITABLE, || {
@@ -153,9 +187,9 @@ pub async fn serve(mut stream: UnixStream, upstream: Upstream, stop: Cancellatio
         });
         let _ = ending.await;
         // Its thread resets the flows first.
-        let _ = tokio::task::spawn_blocking(move || drop(bridge)).await;
+        let _ = tokio::task::spawn_blocking(move || drop(worker)).await;
         drop(stream);
-        tracing::info!("namespace given back");
+        tracing::info!("a program has ended");
     }
 }
 

@@ -1,17 +1,17 @@
-//! The connection that a program in a namespace uses: one that is up already, or one of its own.
+//! The connection that a program uses: one that is up already, or one of its own.
 
 use std::io;
 use std::os::fd::OwnedFd;
 
 use tokio::net::UnixStream;
 
-use super::bridge::Bridge;
 use super::lease::{Lease, Wanted};
+use super::worker::Worker;
 use crate::daemon::peers::Peer;
 use crate::daemon::running::Running;
 use crate::report::Failure;
 
-/// A connection that carries no namespace yet.
+/// A connection that serves no program yet.
 #[expect(
     clippy::large_enum_variant,
     reason = "one of them exists, for a moment"
@@ -30,7 +30,7 @@ pub enum Link {
     Own(Running),
 }
 
-/// A connection that carries a namespace.
+/// A connection that serves a program.
 #[expect(
     clippy::large_enum_variant,
     reason = "one of them exists, for the whole time"
@@ -39,7 +39,7 @@ pub enum Carrying {
     /// A daemon does it.
     Lent(Lease),
     /// This process does it.
-    Own(Running, Bridge),
+    Own(Running, Worker),
 }
 
 impl Link {
@@ -71,52 +71,51 @@ impl Link {
         }
     }
 
-    /// Hands a namespace over to it.
+    /// Hands a program over to it.
     ///
     /// # Errors
-    /// Its packets cannot be carried. An own connection has ended then.
+    /// It cannot be served. An own connection has ended then.
     pub async fn carry(
         self,
         wanted: &Wanted,
         descriptors: Vec<OwnedFd>,
     ) -> Result<Carrying, Failure> {
-        let cannot = |error: io::Error| {
-            Failure::new("the namespace's packets cannot be carried").caused_by(&error)
-        };
+        let cannot =
+            |error: io::Error| Failure::new("the program cannot be connected").caused_by(&error);
         match self {
             Self::Lent { stream, .. } => Lease::take(stream, wanted, &descriptors)
                 .await
                 .map(Carrying::Lent)
                 .map_err(cannot),
-            Self::Own(running) => match wanted.bridge(descriptors, running.upstream()) {
-                Ok(bridge) => Ok(Carrying::Own(running, bridge)),
+            Self::Own(running) => match wanted.serve(descriptors, running.upstream()) {
+                Ok(worker) => Ok(Carrying::Own(running, worker)),
                 Err(error) => {
-                    running.end().await;
+                    running.end_with_program(false).await;
                     Err(cannot(error))
                 }
             },
         }
     }
 
-    /// Gives it back, or ends it.
+    /// Gives it back, or ends it: no program used it.
     pub async fn end(self) {
         if let Self::Own(running) = self {
-            running.end().await;
+            running.end_with_program(false).await;
         }
     }
 }
 
 impl Carrying {
-    /// Returns when nothing is carried any more, and says why. Cancel safe.
+    /// Returns when the program is not served any more, and says why. Cancel safe.
     pub async fn ended(&mut self) -> Failure {
         match self {
             Self::Lent(lease) => {
                 lease.ended().await;
                 Failure::new("the connection was ended; the program has no network any more")
             }
-            Self::Own(running, bridge) => tokio::select! {
+            Self::Own(running, worker) => tokio::select! {
                 failure = running.ended() => failure,
-                error = bridge.ended() => {
+                error = worker.ended() => {
                     Failure::new("the program has no network any more").caused_by(&error)
                 }
             },
@@ -127,15 +126,15 @@ impl Carrying {
     pub async fn released(&mut self) {
         match self {
             Self::Lent(lease) => lease.released().await,
-            Self::Own(_, bridge) => bridge.stop().await,
+            Self::Own(_, worker) => worker.stop().await,
         }
     }
 
-    /// Ends it, flows first.
-    pub async fn end(self) {
-        if let Self::Own(running, bridge) = self {
-            let _ = tokio::task::spawn_blocking(move || drop(bridge)).await;
-            running.end().await;
+    /// Ends it, flows first. The program ended `well`, or its log may be wanted.
+    pub async fn end(self, well: bool) {
+        if let Self::Own(running, worker) = self {
+            let _ = tokio::task::spawn_blocking(move || drop(worker)).await;
+            running.end_with_program(well).await;
         }
     }
 }

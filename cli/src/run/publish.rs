@@ -25,6 +25,13 @@ pub struct Published {
     pub inside: u16,
 }
 
+impl Published {
+    /// Whether that is so for a program in the workstation's own network.
+    pub fn is_by_itself(&self) -> bool {
+        self.outside.ip().is_loopback() && self.outside.port() == self.inside
+    }
+}
+
 impl FromStr for Published {
     type Err = String;
 

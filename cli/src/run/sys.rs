@@ -8,13 +8,14 @@
 use std::ffi::{c_int, c_ulong, c_void};
 use std::io;
 use std::mem::{size_of, size_of_val};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use tokio::io::unix::AsyncFd;
 
-/// Which process came out of [`fork_sibling`].
+/// Which process came out of a fork.
 pub(super) enum Fork {
-    Parent,
+    /// The old one; the new one has this number.
+    Parent(libc::pid_t),
     Child,
 }
 
@@ -32,23 +33,31 @@ pub(super) fn enter_namespaces() -> io::Result<()> {
 /// # Errors
 /// No process is free; or there is a second thread, whose locks the child would inherit and nobody would release.
 pub(super) fn fork_sibling() -> io::Result<Fork> {
-    let threads = std::fs::read_dir("/proc/self/task")?.count();
-    if threads != 1 {
-        return Err(io::Error::other("a process with threads cannot be forked"));
-    }
     match clone(libc::CLONE_PARENT | libc::SIGCHLD) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => clone(libc::SIGCHLD),
         split => split,
     }
 }
 
+/// Splits this process in two. The new one is its child.
+///
+/// # Errors
+/// As [`fork_sibling`].
+pub(super) fn fork() -> io::Result<Fork> {
+    clone(libc::SIGCHLD)
+}
+
 fn clone(flags: c_int) -> io::Result<Fork> {
-    // SAFETY: without a stack and shared memory this is a fork. This process has one thread, as the caller has seen, and
-    // only a thread makes another one: the child may do whatever the parent may.
+    let threads = std::fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(io::Error::other("a process with threads cannot be forked"));
+    }
+    // SAFETY: without a stack and shared memory this is a fork. This process has one thread, as was just seen, and only
+    // a thread makes another one: the child may do whatever the parent may.
     match unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Fork::Child),
-        _ => Ok(Fork::Parent),
+        child => Ok(Fork::Parent(child as libc::pid_t)),
     }
 }
 
@@ -91,11 +100,19 @@ pub(super) fn inherited_socket(number: RawFd) -> io::Result<OwnedFd> {
 
 /// Closes every descriptor from 3 on but `kept`, and whatever they were.
 ///
-/// For a forked child that will touch none of its values again; those that own descriptors must be forgotten.
-pub(super) fn close_all_but(kept: &OwnedFd) {
-    let kept = kept.as_raw_fd().unsigned_abs();
-    close_range(3, kept - 1);
-    close_range(kept + 1, u32::MAX);
+/// For a process that will touch none of its other values again; those that own descriptors must be forgotten.
+pub(super) fn close_all_but(kept: &[BorrowedFd<'_>]) {
+    let mut kept: Vec<u32> = kept
+        .iter()
+        .map(|fd| fd.as_raw_fd().unsigned_abs())
+        .collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for number in kept {
+        close_range(first, number.saturating_sub(1));
+        first = first.max(number + 1);
+    }
+    close_range(first, u32::MAX);
 }
 
 fn close_range(first: u32, last: u32) {

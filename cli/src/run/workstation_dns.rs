@@ -33,8 +33,8 @@ pub(super) async fn answer(asked: &Message, query: &[u8]) -> Option<Vec<u8>> {
     None
 }
 
-/// Its own where none is named (resolv.conf(5)).
-fn nameservers(configuration: &str) -> Vec<SocketAddr> {
+/// Which nameservers a `/etc/resolv.conf` says; its own where none is named (resolv.conf(5)).
+pub(super) fn nameservers(configuration: &str) -> Vec<SocketAddr> {
     let named = configuration.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
         let address = words.next().filter(|word| *word == "nameserver");
