@@ -1,14 +1,13 @@
 //! Names to addresses, as a pod of the session's namespace would resolve them.
 //!
-//! A stub resolver: it asks for all names of the search list at once and believes the first one in its order, asks for A
-//! and AAAA together and follows aliases. Recursion and caching are the cluster's nameserver's work.
+//! A stub resolver: it asks for all names of the search list at once, where the first is not likely to be right, and
+//! believes the first one in its order; it asks for A and AAAA together and follows aliases. Recursion and caching are the cluster's nameserver's work.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use futures::StreamExt;
-use futures::stream::FuturesOrdered;
+use futures::{StreamExt, stream};
 use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RData, RecordType};
 use tokio::time::timeout;
@@ -112,10 +111,16 @@ impl Resolver {
         }
         let mut outcome = ResolveError::NoSuchName(name.to_owned());
         let candidates = self.conf.candidates(name, namespace);
-        let mut found: FuturesOrdered<_> = candidates
+        // A name of one label is the session's own namespace's, the first candidate, nearly always.
+        let at_once = match name.contains('.') {
+            true => candidates.len().max(1),
+            false => 1,
+        };
+        let lookups: Vec<_> = candidates
             .iter()
             .map(|candidate| self.lookup_absolute(candidate))
             .collect();
+        let mut found = stream::iter(lookups).buffered(at_once);
         for candidate in &candidates {
             match found.next().await {
                 Some(Ok(addresses)) => {
@@ -398,8 +403,8 @@ mod tests {
             for (query, peer) in queries {
                 let name = query.queries[0].name.clone();
                 let mut reply = query.into_response();
-                // Both `web.b` and `web` exist.
-                if name == self::name("web.a.") {
+                // Both `web.x.b` and `web.x` exist.
+                if name == self::name("web.x.a.") {
                     reply.metadata.response_code = ResponseCode::NXDomain;
                 } else {
                     let address = RData::A(A("10.0.0.2".parse().unwrap()));
@@ -410,9 +415,12 @@ mod tests {
             }
         });
 
-        let resolved = Resolver::new(conf, None).lookup("web", None).await.unwrap();
+        let resolved = Resolver::new(conf, None)
+            .lookup("web.x", None)
+            .await
+            .unwrap();
 
-        assert_eq!(resolved.name, "web.b");
+        assert_eq!(resolved.name, "web.x.b");
         answering.await.unwrap();
     }
 
