@@ -26,8 +26,9 @@ pub type Socket = TokioIo<Upgraded>;
 /// Asks for one port of a pod. Returns the WebSocket and which of `offered` the server chose, best first.
 ///
 /// # Errors
-/// The API server refused, or does not speak any of them. Not cancel safe in the sense that the port may be open for a
-/// moment after the future was dropped; it closes by itself.
+/// The API server refused, or does not speak any of them.
+///
+/// Cancel safe in the sense that dropping it closes the connection, and the port with it.
 pub async fn port_forward(
     client: &Client,
     (namespace, pod): (&str, &str),
