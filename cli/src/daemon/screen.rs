@@ -60,6 +60,11 @@ impl Screen {
         }
     }
 
+    /// What the user wants to go where.
+    pub fn rules(&self) -> &UserRules {
+        &self.rules
+    }
+
     /// What of `view` to follow on this workstation.
     pub fn pass(&self, mut view: ClusterView, workstation: &Workstation) -> Screened {
         let mut notes = BTreeSet::new();

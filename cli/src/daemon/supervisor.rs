@@ -29,7 +29,7 @@ use super::screen::{Screen, Screened};
 use super::services::Known;
 use super::status::{CarrierKind, Cut};
 use super::unmet::Unmet;
-use crate::proxy::split::{Split, UserRules};
+use crate::proxy::split::Split;
 use crate::report::Failure;
 
 /// How long one replica may take, from the dial to its first answer.
@@ -104,9 +104,7 @@ pub struct Supervisor {
     pub namespace: Option<String>,
     /// The namespace's Services as the user sees them, where the manager has no right to.
     pub services: Option<watch::Receiver<Known>>,
-    /// What the user wants to go where.
-    pub rules: UserRules,
-    /// How much of the manager's view is followed.
+    /// What the user wants to go where, and how much of the manager's view is followed.
     pub screen: Screen,
     /// To the proxy: the tunnel, while there is one.
     pub tunnel_tx: watch::Sender<Option<Tunnel>>,
@@ -434,7 +432,7 @@ impl Supervisor {
         }
         let workstation = Workstation::read();
         let Screened { view, notes } = self.screen.pass(view, &workstation);
-        let split = Split::new(view.clone(), self.rules.clone());
+        let split = Split::new(view.clone(), self.screen.rules().clone());
         let split = match anybodys_guess {
             true => split.with_any_label_but(workstation.names().clone()),
             false => split,

@@ -268,8 +268,7 @@ fn supervise_in(
         admission: Admission::Key(Identity::generate()),
         namespace: namespace.map(str::to_owned),
         services,
-        rules: UserRules::default(),
-        screen: Screen::new(Source::Cluster, UserRules::default()),
+        screen: Screen::new(Source::Cluster, crate::proxy::UserRules::default()),
         tunnel_tx,
         split_tx,
         facts_tx,
@@ -334,7 +333,8 @@ async fn a_manager_that_answers_for_another_namespace_is_refused() {
     let cluster = Cluster::with(&["a"]);
     let mut supervised = supervise_in(Some("mine"), Box::new(InMemory(cluster)), None);
 
-    let failure = supervised.task.await.unwrap().unwrap_err();
+    let ended = tokio::time::timeout(Duration::from_secs(60), &mut supervised.task).await;
+    let failure = ended.expect("it gives up").unwrap().unwrap_err();
 
     assert!(failure.what.contains("\"shop\", and mine"), "{failure}");
     assert!(supervised.tunnel_rx.borrow_and_update().is_none());
