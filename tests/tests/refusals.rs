@@ -19,11 +19,6 @@ spec:
     command: [/bin/sh, -c]
     args: ["nft 'add table inet wall; add chain inet wall in { type filter hook input priority 0 ; }; add rule inet wall in tcp dport 80 drop' && touch /tmp/ready && exec sleep 100000"]
     readinessProbe: {exec: {command: [/bin/test, -e, /tmp/ready]}, periodSeconds: 1}
----
-apiVersion: v1
-kind: Service
-metadata: {name: wall, namespace: $NS}
-spec: {selector: {app: wall}, ports: [{port: 80}]}
 "#;
 
 #[test]
@@ -37,13 +32,15 @@ fn closed_filtered_and_unknown_are_told_apart() {
     namespace.wait_ready("app=wall");
     let laptop = Laptop::of(&cluster, &User::of_namespace(&cluster, "ada", &namespace));
     let tp = laptop.connect(&[]);
+    // Pods by address: a Service refuses everything until kube-proxy has heard of its first ready pod.
     let pod = namespace.value("pod/web", ".status.podIP");
+    let wall = namespace.value("pod/wall", ".status.podIP");
     let unknown = format!("nothing.{}.svc.cluster.local", namespace.name);
 
     for (host, port, reply, status, error) in [
         ("web", 81, 5, 502, "connection_refused"),
         (pod.as_str(), 4444, 5, 502, "connection_refused"),
-        ("wall", 80, 4, 504, "connection_timeout"),
+        (wall.as_str(), 80, 4, 504, "connection_timeout"),
         (unknown.as_str(), 80, 4, 502, "dns_error"),
     ] {
         let start = Instant::now();

@@ -205,7 +205,8 @@ fn a_revoked_right_cuts_its_flows_within_a_minute_and_no_others() {
     user.grant(&cluster, &other.name, "tp-user");
     let laptop = Laptop::of(&cluster, &user);
     let tp = laptop.connect(&[]);
-    let host = format!("web.{}", other.name);
+    // By its full name: a short one is the workstation's own again once the Services of that namespace left the view.
+    let host = format!("web.{}.svc.cluster.local", other.name);
     let mut flow = tp.spawn_probe(&["tcp", "PROXY", &host, "13"]);
     flow.send(b"alive");
     let mut unconcerned = tp.spawn_probe(&["tcp", "PROXY", "web", "13"]);
