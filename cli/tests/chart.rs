@@ -87,6 +87,13 @@ const EXPRESSIONS: &[(&str, &str)] = &[
         "image: chart.invalid/image\n",
         "image: {{ required \"image is needed\" .Values.image | quote }}\n",
     ),
+    (
+        "value: chart.invalid/image\n",
+        "value: {{ .Values.image | quote }}\n",
+    ),
+    // Inside of the manager's fence. Neither can hold a quote.
+    ("chart.invalid/image", "{{ .Values.image }}"),
+    ("chart-namespace", "{{ .Release.Namespace }}"),
     ("replicas: 61\n", "replicas: {{ .Values.replicas }}\n"),
     (
         "app.kubernetes.io/managed-by: tp\n",

@@ -38,15 +38,16 @@ pub struct Manifest {
 /// All objects: namespace, definitions, policies, roles, ServiceAccount, Deployment, Service.
 #[must_use]
 pub fn all(settings: &Settings) -> Vec<Manifest> {
-    let shared = [
-        typed(&policy::crd()),
-        typed(&policy::session_policy()),
-        typed(&policy::session_policy_binding()),
-    ];
+    let definitions = policy::crds();
+    let policies = policy::for_users();
+    let shared = definitions
+        .iter()
+        .map(typed)
+        .chain(policies.iter().map(|(policy, _)| typed(policy)))
+        .chain(policies.iter().map(|(_, binding)| typed(binding)));
     let objects = std::iter::once((Layer::Namespace, namespace(settings)))
         .chain(
             shared
-                .into_iter()
                 .chain(roles::for_users())
                 .map(|object| (Layer::Shared, object)),
         )
@@ -75,7 +76,10 @@ pub fn disruption_budget(settings: &Settings) -> Value {
 }
 
 fn manager(settings: &Settings) -> Vec<Value> {
-    let mut objects = roles::for_manager(settings);
+    // In force before the account that it binds has a right.
+    let (fence, binding) = policy::fence::fence(&settings.namespace, settings.image());
+    let mut objects = vec![typed(&fence), typed(&binding)];
+    objects.extend(roles::for_manager(settings));
     objects.push(service_account(settings));
     objects.push(network_policy(settings));
     if settings.replicas > 1 {
@@ -194,11 +198,16 @@ fn manager_pod(settings: &Settings) -> Value {
 }
 
 fn manager_container(settings: &Settings) -> Value {
+    let mut environment = pod_fields();
+    if let Some(fields) = environment.as_array_mut() {
+        // What runs in other people's pods, and what the fence lets in.
+        fields.push(json!({ "name": "TP_AGENT_IMAGE", "value": settings.image() }));
+    }
     json!({
         "name": "manager",
         "image": settings.image(),
         "imagePullPolicy": "IfNotPresent",
-        "env": pod_fields(),
+        "env": environment,
         "ports": [
             { "name": "tunnel", "containerPort": TUNNEL_PORT, "protocol": "TCP" },
             { "name": "health", "containerPort": HEALTH_PORT, "protocol": "TCP" },
@@ -376,6 +385,32 @@ mod tests {
         assert_eq!(
             of_kind("Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"],
             "restricted"
+        );
+    }
+
+    #[test]
+    fn agents_run_the_image_that_the_fence_lets_in() {
+        let told = Settings {
+            image: Some("registry.example/tp:1".into()),
+            ..settings()
+        };
+        let objects: Vec<Value> = all(&told).into_iter().map(|one| one.object).collect();
+        let named = |kind: &str, name: &str| {
+            let mut found = objects.iter();
+            found
+                .position(|object| object["kind"] == kind && object["metadata"]["name"] == name)
+                .unwrap()
+        };
+
+        let fence = named("ValidatingAdmissionPolicyBinding", policy::fence::FENCE);
+        assert!(fence < named("ClusterRoleBinding", MANAGER_NAME));
+        let fence = named("ValidatingAdmissionPolicy", policy::fence::FENCE);
+        assert!(objects[fence].to_string().contains("registry.example/tp:1"));
+        let pod = &objects[named("Deployment", MANAGER_NAME)]["spec"]["template"]["spec"];
+        let environment = pod["containers"][0]["env"].as_array().unwrap();
+        assert!(
+            environment
+                .contains(&json!({ "name": "TP_AGENT_IMAGE", "value": "registry.example/tp:1" }))
         );
     }
 

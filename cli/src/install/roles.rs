@@ -1,17 +1,18 @@
 //! Who may do what: the roles that administrators bind, and those of the manager's own account.
 //!
 //! Nothing here is bound to a user. A person who connects to namespace `shop` needs the Role `tp-connect` in the
-//! manager's namespace and the ClusterRole `tp-user` bound in `shop`.
+//! manager's namespace and the ClusterRole `tp-user` bound in `shop`; one who intercepts has `tp-intercept` bound there.
 
 use serde_json::{Value, json};
-use tp_manager_api::{EGRESS, GROUP, KEY_SECRET, MANAGER_NAME, OTHERS, SESSIONS};
+use tp_manager_api::{EGRESS, GROUP, INTERCEPTS, KEY_SECRET, MANAGER_NAME, OTHERS, SESSIONS};
 
 use super::Settings;
 
-const INTERCEPTS: &str = "intercepts";
 /// What someone does with their own objects. Not listing: a Session says who works from where.
 const OWN: [&str; 5] = ["create", "delete", "get", "patch", "update"];
 const SEE_ALL: [&str; 2] = ["list", "watch"];
+/// What has pods, besides pods themselves.
+const WORKLOADS: [&str; 4] = ["deployments", "statefulsets", "daemonsets", "replicasets"];
 
 /// The ClusterRoles to bind in the namespaces that people work on.
 pub(super) fn for_users() -> Vec<Value> {
@@ -19,11 +20,21 @@ pub(super) fn for_users() -> Vec<Value> {
     let intercepts = rule(GROUP, &[INTERCEPTS], &OWN);
     let see_intercepts = rule(GROUP, &[INTERCEPTS], &SEE_ALL);
     let see_sessions = rule(GROUP, &[SESSIONS], &SEE_ALL);
-    let egress = rule(GROUP, &[&sub(EGRESS)], &["create"]);
-    let others = rule(GROUP, &[&sub(OTHERS)], &["delete"]);
+    let egress = rule(GROUP, &[&sub(SESSIONS, EGRESS)], &["create"]);
+    let others = rule(
+        GROUP,
+        &[&sub(SESSIONS, OTHERS), &sub(INTERCEPTS, OTHERS)],
+        &["delete"],
+    );
+    let see = ["get", "list", "watch"];
+    let workloads = rule("apps", &WORKLOADS, &see);
+    let pods = rule("", &["pods", "services"], &see);
     vec![
         cluster_role("tp-user", &[&sessions]),
-        cluster_role("tp-intercept", &[&sessions, &intercepts, &see_intercepts]),
+        cluster_role(
+            "tp-intercept",
+            &[&sessions, &intercepts, &see_intercepts, &workloads, &pods],
+        ),
         cluster_role("tp-egress", &[&egress]),
         cluster_role(
             "tp-admin",
@@ -32,6 +43,8 @@ pub(super) fn for_users() -> Vec<Value> {
                 &see_sessions,
                 &intercepts,
                 &see_intercepts,
+                &workloads,
+                &pods,
                 &egress,
                 &others,
             ],
@@ -62,17 +75,33 @@ pub(super) fn for_manager(settings: &Settings) -> Vec<Value> {
     ]
 }
 
-/// What the manager looks at everywhere. It reads no Secret, and writes nothing but the status of Sessions; those that
-/// have long expired it removes, for workstations that never came back to do so.
-fn manager_rules() -> [Value; 7] {
+/// What the manager looks at everywhere, and what it does there. It reads no Secret. Of Sessions and Intercepts it writes
+/// the status, and removes those whose workstations never came back to do so. Which containers it may add to pods, the
+/// policy of `tp_manager_api::policy::fence` says.
+fn manager_rules() -> [Value; 9] {
     let look = ["get", "list", "watch"];
+    let [ours, status, others] = [
+        [SESSIONS.to_owned(), INTERCEPTS.to_owned()],
+        [SESSIONS, INTERCEPTS].map(|resource| sub(resource, "status")),
+        [SESSIONS, INTERCEPTS].map(|resource| sub(resource, OTHERS)),
+    ];
     [
         rule("", &["services", "pods", "namespaces", "nodes"], &look),
-        rule(GROUP, &[SESSIONS], &look),
-        rule(GROUP, &[&sub("status")], &["patch", "update"]),
-        rule(GROUP, &[SESSIONS], &["delete"]),
-        rule(GROUP, &[&sub(OTHERS)], &["delete"]),
-        rule("networking.k8s.io", &["servicecidrs"], &look),
+        rule("apps", &WORKLOADS, &look),
+        rule(GROUP, &ours.each_ref().map(String::as_str), &look),
+        rule(
+            GROUP,
+            &status.each_ref().map(String::as_str),
+            &["patch", "update"],
+        ),
+        rule(GROUP, &ours.each_ref().map(String::as_str), &["delete"]),
+        rule(GROUP, &others.each_ref().map(String::as_str), &["delete"]),
+        rule("", &["pods/ephemeralcontainers"], &["patch"]),
+        rule(
+            "networking.k8s.io",
+            &["servicecidrs", "networkpolicies"],
+            &look,
+        ),
         json!({
             "apiGroups": ["authorization.k8s.io", "authentication.k8s.io"],
             "resources": ["subjectaccessreviews", "tokenreviews"],
@@ -108,8 +137,8 @@ fn connect_rules() -> Vec<Value> {
     ]
 }
 
-fn sub(subresource: &str) -> String {
-    format!("{SESSIONS}/{subresource}")
+fn sub(resource: &str, subresource: &str) -> String {
+    format!("{resource}/{subresource}")
 }
 
 fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
@@ -177,6 +206,34 @@ mod tests {
         assert!(!allows(&user, "sessions", "list"));
         assert!(allows(&users("tp-egress"), "sessions/egress", "create"));
         assert!(allows(&users("tp-admin"), "sessions/others", "delete"));
+        assert!(allows(&users("tp-admin"), "intercepts/others", "delete"));
+    }
+
+    #[test]
+    fn who_intercepts_sees_workloads_and_changes_none() {
+        let user = users("tp-intercept");
+
+        assert!(allows(&user, "intercepts", "create") && allows(&user, "sessions", "create"));
+        assert!(allows(&user, "deployments", "list") && allows(&user, "pods", "get"));
+        for verb in ["create", "patch", "update", "delete"] {
+            assert!(!allows(&user, "deployments", verb) && !allows(&user, "pods", verb));
+        }
+        assert!(!allows(&user, "intercepts/others", "delete"));
+    }
+
+    #[test]
+    fn the_manager_adds_ephemeral_containers_and_changes_no_pod_otherwise() {
+        let manager = &for_manager(&Settings::default())[0];
+
+        assert!(allows(manager, "pods/ephemeralcontainers", "patch"));
+        for resource in ["pods", "deployments", "replicasets", "pods/exec"] {
+            for verb in ["create", "patch", "update", "delete"] {
+                assert!(!allows(manager, resource, verb), "{verb} {resource}");
+            }
+        }
+        assert!(
+            !allows(manager, "intercepts", "create") && !allows(manager, "intercepts", "patch")
+        );
     }
 
     #[test]

@@ -7,6 +7,8 @@
 
 pub mod cluster_view;
 #[cfg(feature = "kube")]
+pub mod intercept;
+#[cfg(feature = "kube")]
 pub mod locator;
 pub mod matcher;
 #[cfg(feature = "kube")]
@@ -16,6 +18,8 @@ pub mod route_table;
 pub mod session;
 
 pub use cluster_view::ClusterView;
+#[cfg(feature = "kube")]
+pub use intercept::{Intercept, InterceptSpec, InterceptStatus};
 #[cfg(feature = "kube")]
 pub use locator::ManagerLocator;
 pub use matcher::{Matcher, Matchers};
@@ -29,10 +33,13 @@ pub const GROUP: &str = "tp.dev";
 /// Plural name of [`Session`], as in URLs and RBAC rules.
 pub const SESSIONS: &str = "sessions";
 
+/// Plural name of [`Intercept`], as in URLs and RBAC rules.
+pub const INTERCEPTS: &str = "intercepts";
+
 /// RBAC resource that stands for leaving the cluster through the manager: `create sessions/egress`.
 pub const EGRESS: &str = "egress";
 
-/// RBAC resource that stands for ending other people's sessions: `delete sessions/others`.
+/// RBAC resource that stands for ending what is other people's: `delete sessions/others`, `delete intercepts/others`.
 ///
 /// Everyone who connects holds `delete sessions`, to end their own; this one sets administrators apart.
 pub const OTHERS: &str = "others";
@@ -60,6 +67,24 @@ pub const TUNNEL_PORT: u16 = 8443;
 
 /// Port of `/healthz` and `/readyz`.
 pub const HEALTH_PORT: u16 = 8080;
+
+/// Port on which an agent in a pod hears the manager.
+pub const AGENT_PORT: u16 = 15008;
+
+/// Port of an agent to which the kernel sends the connections that it redirects.
+pub const REDIRECTED_PORT: u16 = 15006;
+
+/// How the names of agents' containers begin.
+pub const AGENT_PREFIX: &str = "tp-agent-";
+
+/// The agent's program in the image.
+pub const AGENT_PROGRAM: &str = "/tp-agent";
+
+/// Environment variable of an agent that makes its key: 64 hexadecimal digits.
+pub const AGENT_SEED: &str = "TP_AGENT_SEED";
+
+/// Label of a namespace; with the value `disabled` nothing is attached to its pods.
+pub const INTERCEPT_LABEL: &str = "tp.dev/intercept";
 
 /// Port of `/metrics`.
 pub const METRICS_PORT: u16 = 9090;

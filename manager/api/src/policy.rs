@@ -1,7 +1,9 @@
-//! Who may write a `Session`, decided by the API server itself.
+//! Who may write a `Session` or an `Intercept`, decided by the API server itself.
 //!
-//! RBAC says in which namespaces a user may create Sessions; it cannot say *whose* name stands in them. This policy
-//! does: a Session names its writer and nobody else, keeps its key for life, and never lies more than an hour ahead.
+//! RBAC says in which namespaces a user may create them; it cannot say *whose* name stands in them. These policies
+//! do: an object names its writer and nobody else. A Session keeps its key for life, and never lies more than an hour
+//! ahead; whether an Intercept's Session is its writer's is the manager's to see. What the manager itself may do to pods is in
+//! [`fence`].
 //!
 //! CEL has no clock. The API server's own time is read from what it alone writes before validation: on a creation
 //! `metadata.creationTimestamp`, on a renewal the time in `metadata.managedFields` of the one entry that owns
@@ -15,14 +17,30 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::CustomResourceExt;
 use serde_json::json;
 
-use crate::Session;
+use crate::{INTERCEPTS, Intercept, SESSIONS, Session};
+
+pub mod fence;
 
 /// Name of the policy and of its binding.
 pub const SESSION_POLICY: &str = "sessions.tp.dev";
 
-/// The custom resource's definition.
-pub fn crd() -> CustomResourceDefinition {
-    Session::crd()
+/// Name of the policy for Intercepts and of its binding.
+pub const INTERCEPT_POLICY: &str = "intercepts.tp.dev";
+
+/// The custom resources' definitions.
+pub fn crds() -> [CustomResourceDefinition; 2] {
+    [Session::crd(), Intercept::crd()]
+}
+
+/// A policy and what puts it into force.
+pub type Enforced = (ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding);
+
+/// The policies for what users write, each with its binding.
+pub fn for_users() -> [Enforced; 2] {
+    [
+        (session_policy(), binding(SESSION_POLICY)),
+        (intercept_policy(), binding(INTERCEPT_POLICY)),
+    ]
 }
 
 /// The policy for Sessions. It refuses when it cannot be evaluated.
@@ -35,7 +53,7 @@ pub fn session_policy() -> ValidatingAdmissionPolicy {
                 "apiGroups": [crate::GROUP],
                 "apiVersions": ["*"],
                 "operations": ["CREATE", "UPDATE", "DELETE"],
-                "resources": [crate::SESSIONS],
+                "resources": [SESSIONS],
             }]},
             "variables": [
                 { "name": "groups", "expression": GROUPS },
@@ -49,18 +67,45 @@ pub fn session_policy() -> ValidatingAdmissionPolicy {
                 rule("Invalid", KEEPS_KEY, "spec.keyHash cannot change"),
                 rule("Invalid", STARTS_BOUNDED, "spec.expiresAt must be at most one hour ahead"),
                 rule("Invalid", RENEWS_BOUNDED, "spec.expiresAt must be at most one hour ahead"),
-                rule("Forbidden", MAY_DELETE, "only its user may delete a Session, or who may `delete` `sessions/others`"),
+                rule("Forbidden", &may_delete(SESSIONS), "only its user may delete a Session, or who may `delete` `sessions/others`"),
             ],
         },
     }))
     .expect("the policy is a constant of the right shape")
 }
 
-/// Puts [`session_policy`] into force, everywhere.
-pub fn session_policy_binding() -> ValidatingAdmissionPolicyBinding {
+/// The policy for Intercepts. It refuses when it cannot be evaluated. What an Intercept is cannot change at all; that is a
+/// rule of its definition.
+pub fn intercept_policy() -> ValidatingAdmissionPolicy {
     serde_json::from_value(json!({
-        "metadata": { "name": SESSION_POLICY },
-        "spec": { "policyName": SESSION_POLICY, "validationActions": ["Deny"] },
+        "metadata": { "name": INTERCEPT_POLICY },
+        "spec": {
+            "failurePolicy": "Fail",
+            "matchConstraints": { "resourceRules": [{
+                "apiGroups": [crate::GROUP],
+                "apiVersions": ["*"],
+                "operations": ["CREATE", "UPDATE", "DELETE"],
+                "resources": [INTERCEPTS],
+            }]},
+            "variables": [
+                { "name": "groups", "expression": GROUPS },
+                { "name": "writes", "expression": WRITES },
+            ],
+            "validations": [
+                rule("Forbidden", IS_WRITER, "spec.user and spec.groups must be those of the writer (kubectl auth whoami)"),
+                rule("Forbidden", KEEPS_USER, "spec.user is the owner and cannot change"),
+                rule("Forbidden", &may_delete(INTERCEPTS), "only its user may delete an Intercept, or who may `delete` `intercepts/others`"),
+            ],
+        },
+    }))
+    .expect("the policy is a constant of the right shape")
+}
+
+/// Puts the policy of this name into force, everywhere.
+fn binding(policy: &str) -> ValidatingAdmissionPolicyBinding {
+    serde_json::from_value(json!({
+        "metadata": { "name": policy },
+        "spec": { "policyName": policy, "validationActions": ["Deny"] },
     }))
     .expect("the binding is a constant of the right shape")
 }
@@ -96,31 +141,41 @@ const STARTS_BOUNDED: &str = "request.operation != 'CREATE' || timestamp(object.
 const RENEWS_BOUNDED: &str = "!variables.prolongs || (variables.owners.size() == 1 && variables.owners.all(m, \
      timestamp(object.spec.expiresAt) <= timestamp(m.time) + duration('3601s')))";
 
-const MAY_DELETE: &str = "request.operation != 'DELETE' || oldObject.spec.user == request.userInfo.username || \
-     authorizer.group('tp.dev').resource('sessions').subresource('others').namespace(request.namespace)\
-     .check('delete').allowed()";
+fn may_delete(resource: &str) -> String {
+    format!(
+        "request.operation != 'DELETE' || oldObject.spec.user == request.userInfo.username || \
+         authorizer.group('tp.dev').resource('{resource}').subresource('others').namespace(request.namespace)\
+         .check('delete').allowed()"
+    )
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_policy_fails_closed_and_covers_every_write() {
-        let policy = serde_json::to_value(session_policy()).unwrap();
-        let spec = &policy["spec"];
+    fn the_policies_fail_closed_and_cover_every_write() {
+        for ((policy, _), (resource, validations)) in
+            for_users().iter().zip([(SESSIONS, 6), (INTERCEPTS, 3)])
+        {
+            let policy = serde_json::to_value(policy).unwrap();
+            let spec = &policy["spec"];
 
-        assert_eq!(spec["failurePolicy"], "Fail");
-        let rule = &spec["matchConstraints"]["resourceRules"][0];
-        assert_eq!(rule["operations"], json!(["CREATE", "UPDATE", "DELETE"]));
-        assert_eq!(rule["resources"], json!(["sessions"]));
-        assert_eq!(spec["validations"].as_array().unwrap().len(), 6);
+            assert_eq!(spec["failurePolicy"], "Fail");
+            let rule = &spec["matchConstraints"]["resourceRules"][0];
+            assert_eq!(rule["operations"], json!(["CREATE", "UPDATE", "DELETE"]));
+            assert_eq!(rule["resources"], json!([resource]));
+            assert_eq!(spec["validations"].as_array().unwrap().len(), validations);
+        }
     }
 
     #[test]
-    fn the_binding_denies() {
-        let binding = serde_json::to_value(session_policy_binding()).unwrap();
+    fn the_bindings_deny() {
+        for (policy, binding) in for_users() {
+            let binding = serde_json::to_value(binding).unwrap();
 
-        assert_eq!(binding["spec"]["policyName"], SESSION_POLICY);
-        assert_eq!(binding["spec"]["validationActions"], json!(["Deny"]));
+            assert_eq!(binding["spec"]["policyName"], policy.metadata.name.unwrap());
+            assert_eq!(binding["spec"]["validationActions"], json!(["Deny"]));
+        }
     }
 }

@@ -4,6 +4,14 @@
 //! match. Everything here is pure and takes time linear in the request: patterns run on an engine without
 //! backtracking. It knows no connection: whoever parses HTTP fills a [`RequestHead`].
 
+#![cfg_attr(
+    feature = "kube",
+    expect(
+        unreachable_pub,
+        reason = "KubeSchema repeats structs inside of functions"
+    )
+)]
+
 pub mod graphql;
 mod grpc;
 mod head;
@@ -50,7 +58,13 @@ pub enum Matcher {
 /// A text that equals `exact`, begins with `prefix` or is matched by `regex` from its first to its last byte. Exactly
 /// one of the three is given.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
-#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "kube", derive(kube::KubeSchema))]
+#[cfg_attr(
+    feature = "kube",
+    x_kube(validation = Rule::new(
+        "[has(self.exact), has(self.prefix), has(self.regex)].exists_one(given, given)"
+    ).message("exactly one of exact, prefix and regex is needed"))
+)]
 #[serde(rename_all = "camelCase")]
 pub struct Text {
     /// The whole text.
@@ -82,7 +96,12 @@ pub struct NamedText {
 
 /// A gRPC service, a method, or both.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
-#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "kube", derive(kube::KubeSchema))]
+#[cfg_attr(
+    feature = "kube",
+    x_kube(validation = Rule::new("has(self.service) || has(self.method)")
+        .message("a service or a method is needed"))
+)]
 #[serde(rename_all = "camelCase")]
 pub struct Grpc {
     /// Full name with its package, as `shop.v1.Cart`.
