@@ -71,4 +71,4 @@ bench-run: binaries ## tp run beside loopback, slirp4netns, pasta, sshuttle and 
 
 bench-cluster: packages cluster binaries image ## tp beside kubectl port-forward on the test cluster
 	cargo build --locked --release -p tp-benches --bins
-	benches/cluster.sh $(TP_BIN_DIR) $(CARGO_TARGET_DIR)/release
+	benches/cluster.sh $(TP_BIN_DIR) $(CARGO_TARGET_DIR)/release $(QUESTIONS)

@@ -1,6 +1,7 @@
 #!/bin/bash
 # C1 to C5 and C8 on the test cluster: prepares the far end, runs the bench in the laptop namespace, removes what it made.
-# Needs `make cluster image`; usage: benches/cluster.sh BIN_DIR BENCH_DIR, the folders of tp and impair and of the benches.
+# Needs `make cluster image`; usage: benches/cluster.sh BIN_DIR BENCH_DIR [QUESTION…], the folders of tp and impair and of the benches;
+# questions are bulk, connections, round-trips and beside-bulk: without one, all of them and B18.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 cluster=$here/../tests/cluster
@@ -38,7 +39,8 @@ kubectl -n bench wait --for=condition=Ready pod/peer --timeout=60s >/dev/null
 # kube-proxy is a moment behind; a refused port is what the bench would then see.
 until inside bash -c "exec 3<>/dev/tcp/$(kubectl -n bench get service peer -o jsonpath={.spec.clusterIP})/7001" 2>/dev/null; do sleep .1; done
 export TP_BIN=$tp PEER=peer.bench.svc PEER_POD=bench/peer XDG_RUNTIME_DIR=$work
-"$cluster/laptop.sh" "$bench/through_cluster"
+"$cluster/laptop.sh" "$bench/through_cluster" "${@:3}"
+[ $# = 2 ] || exit 0
 
 # The same connections over a link of 20 ms round trip: a relay on the laptop's loopback, which the kubeconfig then names.
 coproc link { "$cluster/laptop.sh" "$bin_dir/impair" 127.0.0.1:0 "$NODE:$API_PORT" 1; }
@@ -46,7 +48,7 @@ read -r _ address <&"${link[0]}"
 echo 'delay 10' >&"${link[1]}"; read -r _ <&"${link[0]}"
 sed "s|server: \"https://$NODE:$API_PORT\"|server: \"https://$address\", tls-server-name: $NODE|" "$CLUSTER_DIR/kubeconfig-laptop" >"$work/slow"
 echo; echo "round trip to the API server: 20 ms"
-ip netns exec k8s-laptop env KUBECONFIG="$work/slow" "$bench/through_cluster" --connections-only
+ip netns exec k8s-laptop env KUBECONFIG="$work/slow" "$bench/through_cluster" connections round-trips
 
 echo; echo "B18: our port-forward pump beside kube's"
 PEER_POD=bench/peer "$bench/port_forward"

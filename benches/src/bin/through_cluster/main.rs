@@ -42,8 +42,9 @@ fn main() -> Result<()> {
     println!("{}", tp.versions()?);
 
     let paths: [&dyn Path; 3] = [&websocket, &spdy, &tp];
-    let quick = std::env::args().any(|argument| argument == "--connections-only");
-    if !quick {
+    let questions: Vec<String> = std::env::args().skip(1).collect();
+    let asked = |question: &str| questions.is_empty() || questions.iter().any(|q| q == question);
+    if asked("bulk") {
         for direction in [Direction::Down, Direction::Up] {
             compare(&format!("C1 {direction:?}, MB/s"), &paths, |path| {
                 throughput(path, direction, BULK)
@@ -58,16 +59,18 @@ fn main() -> Result<()> {
             server_first,
         ),
     ];
-    for (what, figure) in connecting {
+    for (what, figure) in connecting.into_iter().filter(|_| asked("connections")) {
         compare(what, &paths, |path| {
             let times = (0..CONNECTIONS).map(|_| figure(path).map(millis));
             Ok(Spread::of(times.collect::<Result<_>>()?).median)
         })?;
     }
-    compare("C3 one-byte round trip p50, ms", &paths, |path| {
-        Ok(Spread::of(round_trips(path, ROUND_TRIPS)?).median)
-    })?;
-    if !quick {
+    if asked("round-trips") {
+        compare("C3 one-byte round trip p50, ms", &paths, |path| {
+            Ok(Spread::of(round_trips(path, ROUND_TRIPS)?).median)
+        })?;
+    }
+    if asked("beside-bulk") {
         compare("C4 p99 of a small request alone, ms", &paths, |path| {
             Ok(Spread::of(round_trips(path, ROUND_TRIPS)?).p99)
         })?;
