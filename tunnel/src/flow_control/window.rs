@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 /// streams.
 ///
 /// A large window fills queues, which lengthens the round trip, which asks for a larger window. Two things stop that:
-/// the smallest recent round trip counts, and a window that made nothing faster is not made larger.
+/// the smallest round trip counts, which only one without load replaces, and a window that made nothing faster is not made
+/// larger.
 pub(crate) struct Estimator {
     min: u32,
     max: u32,
@@ -21,8 +22,12 @@ pub(crate) struct Estimator {
 /// What another growth of the window needs: this much more speed since the last one.
 const SPEED_UP: f64 = 1.25;
 
-/// How long a smallest round trip is believed; then the path may have changed.
+/// How long a smallest round trip is believed; then the path may have changed, and the next one without load says so. One
+/// under load would measure the queue that the window itself fills.
 const ROUND_TRIP_MEMORY: Duration = Duration::from_secs(10);
+
+/// More than this received since the PING before: the round trip was one under load.
+const LOAD: u64 = 256 << 10;
 
 impl Estimator {
     pub(crate) fn new(min: u32, max: u32) -> Self {
@@ -48,8 +53,12 @@ impl Estimator {
         round_trip: Duration,
         received: u64,
     ) -> Option<u32> {
+        let last = self.last.replace((now, received));
+        let loaded = last.is_some_and(|(_, before)| received - before > LOAD);
         let smallest = match self.smallest {
-            Some((smallest, at)) if smallest <= round_trip && now - at < ROUND_TRIP_MEMORY => {
+            Some((smallest, at))
+                if smallest <= round_trip && (loaded || now - at < ROUND_TRIP_MEMORY) =>
+            {
                 smallest
             }
             Some(_) | None => {
@@ -57,7 +66,7 @@ impl Estimator {
                 round_trip
             }
         };
-        let (since, before) = self.last.replace((now, received))?;
+        let (since, before) = last?;
         let elapsed = (now - since).as_secs_f64();
         if elapsed <= 0.0 {
             return None;
@@ -218,14 +227,28 @@ mod tests {
     fn a_long_saturated_flow_does_not_grow_its_window_for_ever() {
         let mut estimator = Estimator::new(MIB, 16 * MIB);
         let (mut now, mut received) = (Instant::now(), 0);
-        // Every round trip is the queue of the window itself: after ten seconds no shorter one is remembered.
+        estimator.on_pong(now, Duration::from_millis(1), received);
+        // From here on every round trip is the queue of the window itself.
         for _ in 0..2000 {
             let queue = Duration::from_secs_f64(f64::from(estimator.window()) / 600e6);
             now += Duration::from_millis(50);
             received += 30_000_000;
-            estimator.on_pong(now, queue, received);
+            estimator.on_pong(now, 3 * queue, received);
         }
-        assert!(estimator.window() <= 2 * MIB, "{}", estimator.window());
+        assert_eq!(estimator.window(), MIB);
+    }
+
+    #[test]
+    fn a_path_that_became_longer_is_noticed_without_load() {
+        let mut estimator = Estimator::new(MIB, 16 * MIB);
+        let start = Instant::now();
+        let second = |seconds| start + Duration::from_secs(seconds);
+        estimator.on_pong(start, Duration::from_millis(1), 0);
+        estimator.on_pong(second(11), Duration::from_millis(100), 0);
+
+        let window = estimator.on_pong(second(12), Duration::from_millis(100), 50 << 20);
+
+        assert_eq!(window, Some(10 * MIB));
     }
 
     #[test]
