@@ -9,6 +9,7 @@ use clap::{CommandFactory, FromArgMatches};
 
 pub mod command;
 pub mod daemon;
+pub mod env_syntax;
 mod huge_pages;
 pub mod install;
 pub mod kubeconfig;
