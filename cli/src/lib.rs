@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod env_syntax;
 mod huge_pages;
 pub mod install;
+pub mod intercept;
 pub mod kubeconfig;
 pub mod proxy;
 pub mod report;
