@@ -15,10 +15,13 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::intercepts::Wanted;
 use super::status::ConnectionStatus;
+use crate::kubeconfig::Selectors;
+use crate::report::Failure;
 
 /// What a command asks of a daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Request {
     /// How are you? Makes the end-to-end probe.
@@ -29,6 +32,15 @@ pub enum Request {
     Env,
     /// Carry a namespace's packets. What follows on the socket is between [`crate::run::lease`] and its like.
     Run,
+    /// How do I get to your cluster? The selectors may hold a token.
+    Login,
+    /// Keep an intercept up. What follows on the socket is [`super::asked`]'s.
+    Intercept(Box<Wanted>),
+    /// End an intercept.
+    Leave {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// What it answers.
@@ -56,6 +68,22 @@ pub enum Reply {
         /// Cluster domain; empty without Kubernetes.
         domain: String,
     },
+    /// To [`Request::Login`].
+    Login {
+        /// The flags that lead to the cluster, and the user.
+        selectors: Box<Selectors>,
+        /// The connection's namespace.
+        namespace: String,
+    },
+    /// To [`Request::Intercept`]: it is being made.
+    Intercepting,
+    /// To [`Request::Leave`].
+    Left {
+        /// Whether there was one.
+        found: bool,
+    },
+    /// It was understood and could not be done.
+    Failed(Failure),
     /// It was not understood.
     Refused {
         /// Why.
@@ -69,14 +97,15 @@ const LONGEST: u64 = 1024 * 1024;
 /// How long a request may take to arrive, and a reply to be written.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(2);
 
-/// How long a daemon may take to answer: the probe's 2 s and some.
+/// How long a daemon may take to answer: the probe's 2 s and some; and where it asks the API server.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(4);
+const DONE_WITHIN: Duration = Duration::from_secs(15);
 
 /// Commands served at the same time; more wait.
 const AT_ONCE: usize = 16;
 
 /// Answers requests until `shutdown`, then lets those under way finish. `answer` is called once for each. The socket of
-/// a [`Request::Run`] goes to `lend`, which has to end by itself at shutdown.
+/// a [`Request::Run`] and of a [`Request::Intercept`] goes to `lend`, which has to end by itself at shutdown.
 pub async fn serve<F, A, L, B>(
     listener: UnixListener,
     shutdown: CancellationToken,
@@ -85,7 +114,7 @@ pub async fn serve<F, A, L, B>(
 ) where
     F: Fn(Request) -> A + Clone + Send + 'static,
     A: Future<Output = Reply> + Send + 'static,
-    L: Fn(UnixStream) -> B,
+    L: Fn(UnixStream, Request) -> B,
     B: Future<Output = ()> + Send + 'static,
 {
     let mut peers = JoinSet::new();
@@ -98,8 +127,8 @@ pub async fn serve<F, A, L, B>(
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
             Some(served) = peers.join_next(), if !peers.is_empty() => {
-                if let Ok(Ok(Some(stream))) = served {
-                    lent.spawn(lend(stream));
+                if let Ok(Ok(Some((stream, request)))) = served {
+                    lent.spawn(lend(stream, request));
                 }
             }
             Some(_) = lent.join_next(), if !lent.is_empty() => {}
@@ -111,7 +140,7 @@ pub async fn serve<F, A, L, B>(
 }
 
 /// Gives the socket back if it is to be lent.
-async fn one<F, A>(stream: UnixStream, answer: F) -> io::Result<Option<UnixStream>>
+async fn one<F, A>(stream: UnixStream, answer: F) -> io::Result<Option<(UnixStream, Request)>>
 where
     F: Fn(Request) -> A,
     A: Future<Output = Reply>,
@@ -120,8 +149,9 @@ where
         return Ok(None);
     }
     let mut stream = BufReader::new(stream);
-    let reply = match within(WRITTEN_WITHIN, read_line::<Request>(&mut stream)).await {
-        Ok(request) => answer(request).await,
+    let request = within(WRITTEN_WITHIN, read_line::<Request>(&mut stream)).await;
+    let reply = match &request {
+        Ok(request) => answer(request.clone()).await,
         Err(error) => Reply::Refused {
             reason: error.to_string(),
         },
@@ -133,7 +163,9 @@ where
         return Ok(None);
     }
     // The other side waits for the reply before it says more, so nothing is lost with the buffer.
-    Ok(matches!(reply, Reply::Run { .. }).then(|| stream.into_inner()))
+    let is_lent = matches!(reply, Reply::Run { .. } | Reply::Intercepting);
+    let lent = request.ok().filter(|_| is_lent);
+    Ok(lent.map(|request| (stream.into_inner(), request)))
 }
 
 /// A daemon's end of the conversation, as a command holds it.
@@ -165,11 +197,20 @@ impl Daemon {
     /// # Errors
     /// The daemon has gone, or takes too long.
     pub async fn ask(&mut self, request: Request) -> io::Result<Reply> {
+        let limit = match request {
+            Request::Leave { .. } => DONE_WITHIN,
+            Request::Status
+            | Request::Quit
+            | Request::Env
+            | Request::Run
+            | Request::Login
+            | Request::Intercept(_) => ANSWERED_WITHIN,
+        };
         within(WRITTEN_WITHIN, write_line(&mut self.stream, &request)).await?;
-        within(ANSWERED_WITHIN, read_line(&mut self.stream)).await
+        within(limit, read_line(&mut self.stream)).await
     }
 
-    /// The socket itself, after a [`Request::Run`] was answered. The daemon says nothing on it until it is spoken to.
+    /// The socket itself, after a request was answered that lends it. The daemon says nothing on it until it is spoken to.
     pub fn into_stream(self) -> UnixStream {
         self.stream.into_inner()
     }
@@ -229,7 +270,7 @@ mod tests {
         path
     }
 
-    async fn drop_it(_: UnixStream) {}
+    async fn drop_it(_: UnixStream, _: Request) {}
 
     async fn env(request: Request) -> Reply {
         match request {
@@ -241,7 +282,8 @@ mod tests {
                 namespace: "shop".into(),
                 domain: "cluster.local".into(),
             },
-            Request::Status => Reply::Refused {
+            Request::Intercept(_) => Reply::Intercepting,
+            Request::Status | Request::Login | Request::Leave { .. } => Reply::Refused {
                 reason: "no".into(),
             },
         }
@@ -274,7 +316,8 @@ mod tests {
         let path = socket("lent");
         let listener = UnixListener::bind(&path).unwrap();
         let shutdown = CancellationToken::new();
-        let lend = |mut stream: UnixStream| async move {
+        let lend = |mut stream: UnixStream, request: Request| async move {
+            assert_eq!(request, Request::Run);
             assert_eq!(stream.read_u8().await.unwrap(), b'?');
             stream.write_all(b"more").await.unwrap();
         };

@@ -33,6 +33,11 @@ impl Login {
         })
     }
 
+    /// The flags that lead there.
+    pub fn selectors(&self) -> &Selectors {
+        &self.selectors
+    }
+
     /// The cluster as it was last known, whether its credentials still hold or not.
     pub fn last(&self) -> Cluster {
         self.lock().clone()

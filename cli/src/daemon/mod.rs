@@ -2,14 +2,18 @@
 //!
 //! [`background`] is the process, [`running`] what lives in it: [`supervisor`] keeps a carrier up as [`connection`]
 //! decides, [`session`] lets its key in, [`control`] answers commands. [`peers`] is the commands' side of that.
+//! [`intercepts`] are the objects of its user, [`inbound`] the flows that come of them.
 
 pub mod access;
+pub mod asked;
 pub mod background;
 pub mod carrier;
 pub mod connection;
 pub mod control;
 pub mod environment;
 pub mod folder;
+pub mod inbound;
+pub mod intercepts;
 pub mod key_file;
 pub mod listen;
 pub mod log;

@@ -7,9 +7,12 @@ use futures::future::join_all;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
+use super::asked::Held;
 use super::control::{Daemon, Reply, Request};
 use super::folder::{self, Folder};
-use super::status::{ConnectionStatus, State};
+use super::intercepts::Wanted;
+use super::status::{ConnectionStatus, InterceptStatus, State};
+use crate::kubeconfig::Selectors;
 use crate::report::Failure;
 
 /// How long a second `connect` waits for the first one of the same name to come up.
@@ -155,6 +158,60 @@ impl Peer {
             Ok((_, Reply::Refused { reason })) => Err(self.silent(&reason)),
             Ok(_) => Err(self.silent("it answered another question")),
             Err(error) => Err(self.silent(&error.to_string())),
+        }
+    }
+
+    /// The way to its cluster, and its namespace.
+    ///
+    /// # Errors
+    /// It does not answer, or knows no cluster.
+    pub async fn login(&self) -> Result<(Selectors, String), Failure> {
+        match ask(&self.socket, Request::Login).await {
+            Ok(Reply::Login {
+                selectors,
+                namespace,
+            }) => Ok((*selectors, namespace)),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// Asks it for an intercept, and waits until that is ready. Dropping the future takes the wish back.
+    ///
+    /// # Errors
+    /// Why it cannot be, or the daemon does not answer.
+    pub async fn intercept(&self, wanted: Wanted) -> Result<(Held, Vec<InterceptStatus>), Failure> {
+        let asked = async {
+            let mut daemon = Daemon::connect(&self.socket).await?;
+            let reply = daemon.ask(Request::Intercept(Box::new(wanted))).await?;
+            std::io::Result::Ok((daemon, reply))
+        };
+        match asked.await {
+            Ok((daemon, Reply::Intercepting)) => match Held::wait(daemon.into_stream()).await {
+                Ok(made) => made,
+                Err(error) => Err(self.silent(&error.to_string())),
+            },
+            other => Err(self.unexpected(other.map(|(_, reply)| reply))),
+        }
+    }
+
+    /// Ends an intercept; says whether there was one.
+    ///
+    /// # Errors
+    /// It could not be removed in the cluster, or the daemon does not answer.
+    pub async fn leave(&self, name: &str) -> Result<bool, Failure> {
+        let name = name.to_owned();
+        match ask(&self.socket, Request::Leave { name }).await {
+            Ok(Reply::Left { found }) => Ok(found),
+            other => Err(self.unexpected(other)),
+        }
+    }
+
+    fn unexpected(&self, reply: std::io::Result<Reply>) -> Failure {
+        match reply {
+            Ok(Reply::Failed(failure)) => failure,
+            Ok(Reply::Refused { reason }) => self.silent(&reason),
+            Ok(_) => self.silent("it answered another question; is it of another version?"),
+            Err(error) => self.silent(&error.to_string()),
         }
     }
 

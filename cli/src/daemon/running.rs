@@ -24,12 +24,14 @@ use super::access::Access;
 use super::connection::Phase;
 use super::control::{self, Reply, Request};
 use super::folder::{self, Claim, NotClaimed};
+use super::intercepts::Intercepts;
+use super::login::Login;
 use super::parameters::{Parameters, Way};
 use super::screen::Screen;
 use super::services::{self, Known};
 use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
 use super::supervisor::{Facts, Supervisor};
-use super::{environment, listen, log, peers};
+use super::{asked, environment, inbound, listen, log, peers};
 use crate::huge_pages;
 use crate::proxy::{self, Counters, split::Split, split::UserRules};
 use crate::report::{Failure, OrFail};
@@ -69,6 +71,8 @@ pub struct Running {
     supervisor: JoinHandle<Result<(), Failure>>,
     proxy: JoinHandle<()>,
     control: JoinHandle<()>,
+    /// Takes the flows of intercepts.
+    inbound: Option<AbortOnDropHandle<()>>,
     /// Follows the Services for the supervisor.
     _services: Option<AbortOnDropHandle<()>>,
     stop: CancellationToken,
@@ -88,6 +92,8 @@ struct Shared {
     warnings: Vec<String>,
     log: std::path::PathBuf,
     lease: Option<Arc<super::session::SessionLease>>,
+    login: Option<Login>,
+    intercepts: Option<Arc<Intercepts>>,
     counters: Arc<Counters>,
     facts_rx: watch::Receiver<Facts>,
     upstream: proxy::Upstream,
@@ -139,6 +145,7 @@ struct Parts {
     supervisor: JoinHandle<Result<(), Failure>>,
     proxy: JoinHandle<()>,
     control: JoinHandle<()>,
+    inbound: Option<AbortOnDropHandle<()>>,
     /// Follows the Services for the supervisor.
     services: Option<AbortOnDropHandle<()>>,
     stop: CancellationToken,
@@ -151,6 +158,7 @@ impl Parts {
             supervisor,
             proxy,
             control,
+            inbound,
             services,
             stop,
         } = self;
@@ -161,6 +169,7 @@ impl Parts {
             supervisor,
             proxy,
             control,
+            inbound,
             _services: services,
             stop,
         }
@@ -192,6 +201,7 @@ async fn assemble(
         split: split_rx,
     };
     let credentials = parameters.credentials.as_ref();
+    let intercepts = intercepts_of(access).map(Arc::new);
     let shared = Arc::new(Shared {
         name: claim.name.clone(),
         namespace: access.namespace().to_owned(),
@@ -205,6 +215,8 @@ async fn assemble(
         warnings,
         log: claim.log(),
         lease: access.lease(),
+        login: access.login().cloned(),
+        intercepts: intercepts.clone(),
         counters: Arc::default(),
         facts_rx: facts_rx.clone(),
         upstream: upstream.clone(),
@@ -216,7 +228,7 @@ async fn assemble(
         let shared = Arc::clone(&answering);
         async move { shared.answer(request).await }
     };
-    let lend = lender(upstream.clone(), stop.clone());
+    let lend = lender(upstream.clone(), intercepts.clone(), stop.clone());
     let control = tokio::spawn(control::serve(control_listener, stop.clone(), answer, lend));
     let dialer = match quit.run_until_cancelled(access.dialer(parameters)).await {
         Some(dialer) => dialer?,
@@ -240,6 +252,10 @@ async fn assemble(
         supervisor.abort();
         return Err(failure);
     }
+    let inbound = intercepts.map(|intercepts| {
+        let serving = serve_inbound(upstream.tunnel.clone(), intercepts);
+        AbortOnDropHandle::new(tokio::spawn(serving))
+    });
     let options = proxy::Options {
         credentials: credentials
             .map(|given| proxy::Credentials::new(&given.user, given.password.reveal())),
@@ -258,9 +274,32 @@ async fn assemble(
         supervisor,
         proxy,
         control,
+        inbound,
         services,
         stop,
     })
+}
+
+/// Only an installed manager has intercepts, and it is one that admits Sessions.
+fn intercepts_of(access: &Access) -> Option<Intercepts> {
+    let (login, lease) = (access.login()?.clone(), access.lease()?);
+    Some(Intercepts::new(login, lease, access.namespace().to_owned()))
+}
+
+async fn serve_inbound(tunnel: watch::Receiver<Option<Tunnel>>, intercepts: Arc<Intercepts>) {
+    let count = intercepts.count();
+    let flows = inbound::serve(tunnel.clone(), count, Arc::clone(&intercepts));
+    tokio::join!(flows, follow_sessions(tunnel, &intercepts));
+}
+
+/// A new Session comes with a new tunnel.
+async fn follow_sessions(mut tunnel: watch::Receiver<Option<Tunnel>>, intercepts: &Intercepts) {
+    while tunnel.changed().await.is_ok() {
+        let is_up = tunnel.borrow_and_update().is_some();
+        if is_up {
+            intercepts.follow_session().await;
+        }
+    }
 }
 
 /// A temporary manager cannot tell which Services there are; the user may be able to.
@@ -324,6 +363,8 @@ impl Running {
     }
 
     async fn wind_up(mut self) -> Claim {
+        // First, so that the applications answer while everything else ends.
+        self.shared.leave_all().await;
         self.stop.cancel();
         if !self.proxy.is_finished() {
             let drained = tokio::time::timeout(FLOWS_END_WITHIN, &mut self.proxy).await;
@@ -334,8 +375,11 @@ impl Running {
         if !self.supervisor.is_finished() {
             let _ = (&mut self.supervisor).await;
         }
-        self.access.end().await;
+        self.inbound = None;
+        // A command may have been asking for another intercept meanwhile.
         let _ = self.control.await;
+        self.shared.leave_all().await;
+        self.access.end().await;
         tracing::info!("ended");
         self.claim
     }
@@ -362,6 +406,32 @@ impl Shared {
                 self.quit.cancel();
                 Reply::Ending
             }
+            Request::Login => match &self.login {
+                Some(login) => Reply::Login {
+                    selectors: Box::new(login.selectors().clone()),
+                    namespace: self.namespace.clone(),
+                },
+                None => Reply::Failed(Failure::new(
+                    "this connection leads to a manager without Kubernetes",
+                )),
+            },
+            Request::Intercept(_) => match &self.intercepts {
+                Some(_) => Reply::Intercepting,
+                None => Reply::Failed(no_intercepts()),
+            },
+            Request::Leave { name } => match &self.intercepts {
+                Some(intercepts) => match intercepts.leave(&name).await {
+                    Ok(found) => Reply::Left { found },
+                    Err(failure) => Reply::Failed(failure),
+                },
+                None => Reply::Left { found: false },
+            },
+        }
+    }
+
+    async fn leave_all(&self) {
+        if let Some(intercepts) = &self.intercepts {
+            intercepts.leave_all().await;
         }
     }
 
@@ -408,6 +478,11 @@ impl Shared {
             last_cut: facts.last_cut,
             since: self.since,
             session: self.lease.as_ref().and_then(|lease| lease.status()),
+            intercepts: self
+                .intercepts
+                .as_ref()
+                .map(|intercepts| intercepts.statuses())
+                .unwrap_or_default(),
             warnings: self
                 .warnings
                 .iter()
@@ -508,28 +583,47 @@ async fn already(name: &str, socket: &std::path::Path, digest: &str) -> Result<S
     )
 }
 
-/// What serves the programs of `tp run` that use this connection.
-#[cfg(target_os = "linux")]
+fn no_intercepts() -> Failure {
+    Failure::new("this connection's manager has no intercepts")
+        .because("it was started for this connection, or knows no Kubernetes")
+        .hint("an administrator installs one with `tp install`")
+}
+
+/// What serves the commands that keep their socket.
 fn lender(
     upstream: proxy::Upstream,
+    intercepts: Option<Arc<Intercepts>>,
     stop: CancellationToken,
-) -> impl Fn(UnixStream) -> BoxFuture<'static, ()> {
-    move |stream| {
-        Box::pin(crate::run::lease::serve(
+) -> impl Fn(UnixStream, Request) -> BoxFuture<'static, ()> {
+    move |stream, request| match (request, &intercepts) {
+        (Request::Intercept(wanted), Some(intercepts)) => Box::pin(asked::serve(
             stream,
-            upstream.clone(),
+            *wanted,
+            Arc::clone(intercepts),
             stop.clone(),
-        ))
+        )),
+        (Request::Run, _) => lend_network(stream, upstream.clone(), stop.clone()),
+        (_, _) => Box::pin(std::future::ready(())),
     }
+}
+
+#[cfg(target_os = "linux")]
+fn lend_network(
+    stream: UnixStream,
+    upstream: proxy::Upstream,
+    stop: CancellationToken,
+) -> BoxFuture<'static, ()> {
+    Box::pin(crate::run::lease::serve(stream, upstream, stop))
 }
 
 /// There is no `tp run` here to ask for it.
 #[cfg(not(target_os = "linux"))]
-fn lender(
+fn lend_network(
+    _stream: UnixStream,
     _upstream: proxy::Upstream,
     _stop: CancellationToken,
-) -> impl Fn(UnixStream) -> BoxFuture<'static, ()> {
-    |_stream| Box::pin(std::future::ready(()))
+) -> BoxFuture<'static, ()> {
+    Box::pin(std::future::ready(()))
 }
 
 fn bind_control(claim: &Claim) -> Result<UnixListener, Failure> {

@@ -87,7 +87,7 @@ fn apply(names: &mut BTreeSet<String>, event: Event<PartialObjectMeta<Service>>)
 }
 
 /// What will not pass by itself.
-fn refusal(error: watcher::Error) -> Option<kube::Error> {
+pub(super) fn refusal(error: watcher::Error) -> Option<kube::Error> {
     match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => {

@@ -328,7 +328,7 @@ fn name_of(key_hash: KeyHash) -> String {
     format!("tp-{hex}")
 }
 
-fn host_name() -> String {
+pub(super) fn host_name() -> String {
     rustix::system::uname()
         .nodename()
         .to_string_lossy()

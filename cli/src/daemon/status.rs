@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use tp_manager_api::Matcher;
 
 use crate::report::Failure;
 
@@ -45,6 +46,9 @@ pub struct ConnectionStatus {
     pub since: Timestamp,
     /// The Session object, where there is one.
     pub session: Option<SessionStatus>,
+    /// Its intercepts, one entry a port.
+    #[serde(default)]
+    pub intercepts: Vec<InterceptStatus>,
     /// What the user should know: overlaps, folders that could not be used.
     pub warnings: Vec<String>,
     /// Why the last attempt to connect, or to renew the session, failed; gone once one succeeds.
@@ -178,6 +182,43 @@ pub struct SessionStatus {
     pub expires_at: Timestamp,
 }
 
+/// One port of an intercept of this connection.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct InterceptStatus {
+    /// What its user calls it.
+    pub name: String,
+    /// Uid of its object; empty once somebody deleted that.
+    pub id: String,
+    /// Name of its object, in the connection's namespace.
+    pub object: String,
+    /// Kind and name, as in `deployment/web`.
+    pub workload: String,
+    /// The container's port.
+    pub port: u16,
+    /// Service by which it was asked for.
+    pub service: Option<String>,
+    /// Where its requests go on this workstation's side.
+    pub local: String,
+    /// Which requests; all must match. None: everything.
+    pub matchers: Vec<Matcher>,
+    /// Whether every running pod sends them here, as the manager says.
+    pub ready: bool,
+    /// One word why, or why not.
+    pub reason: Option<String>,
+    /// The same for people; a second line says what to do about it.
+    pub message: Option<String>,
+    /// Running pods of the workload.
+    pub pods: u32,
+    /// Those that send requests here.
+    pub pods_attached: u32,
+    /// Connections that were open before and bypass it until they end.
+    pub open_before: Option<u32>,
+    /// Flows that reached the local program.
+    pub flows: u64,
+    /// Flows that it refused; the application got them.
+    pub refused: u64,
+}
+
 impl ConnectionStatus {
     /// What can be said of a connection whose daemon holds its name and does not answer.
     pub fn unresponsive(name: &str, log: PathBuf) -> Self {
@@ -212,6 +253,7 @@ impl ConnectionStatus {
             last_cut: None,
             since: Timestamp::UNIX_EPOCH,
             session: None,
+            intercepts: Vec::new(),
             warnings: Vec::new(),
             error: Some(error.to_owned()),
             hint: None,
