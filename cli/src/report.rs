@@ -232,6 +232,11 @@ pub fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{}", escaped(text));
 }
 
+/// As [`note`], for text that was escaped where it was made and whose blanks are to stay.
+pub fn note_line(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
 /// Does `work` and, on a terminal, says so once it has taken longer than 0.3 s.
 ///
 /// # Errors

@@ -5,11 +5,16 @@ pub mod completion;
 pub mod connect;
 pub mod curl;
 pub mod env;
+pub mod explain;
 pub mod install;
+pub mod intercept;
 pub mod key;
+pub mod leave;
+pub mod list;
 pub mod list_contexts;
 pub mod list_namespaces;
 mod manager_args;
+mod place;
 pub mod quit;
 #[cfg(target_os = "linux")]
 pub mod run;
@@ -46,6 +51,11 @@ enum Command {
     Connect(connect::Args),
     #[cfg(target_os = "linux")]
     Run(run::Args),
+    Intercept(intercept::Args),
+    #[command(visible_alias = "detach")]
+    Leave(leave::Args),
+    List(list::Args),
+    Explain(explain::Args),
     Status(status::Args),
     Quit(quit::Args),
     Env(env::Args),
@@ -83,6 +93,10 @@ impl CommandLine {
             Command::Connect(args) => connect::run(args, output).await,
             #[cfg(target_os = "linux")]
             Command::Run(args) => run::run(args, output).await,
+            Command::Intercept(args) => intercept::run(args, output).await,
+            Command::Leave(args) => leave::run(args, output).await,
+            Command::List(args) => list::run(args, output).await,
+            Command::Explain(args) => explain::run(args, output).await,
             Command::Status(args) => status::run(args, output).await,
             Command::Quit(args) => quit::run(args, output).await,
             Command::Env(args) => env::run(args, output).await,

@@ -8,14 +8,14 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::daemon::peers;
-use crate::daemon::status::{CarrierStatus, ConnectionStatus, Cut, State};
-use crate::report::{Failure, Output, escaped};
+use crate::daemon::status::{CarrierStatus, ConnectionStatus, Cut, InterceptStatus, State};
+use crate::report::{Failure, Output, counted, escaped};
 
 /// Time between two looks of `--watch`.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Clears the screen and moves the cursor to its corner.
-const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
+pub(super) const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
 
 /// Show the connections, each after an end-to-end probe
 #[derive(clap::Args, Debug, Clone)]
@@ -133,6 +133,12 @@ fn lines(status: &ConnectionStatus) -> Vec<(&'static str, String)> {
     ));
     lines.extend(
         status
+            .intercepts
+            .iter()
+            .map(|intercept| ("intercept", intercept_line(intercept))),
+    );
+    lines.extend(
+        status
             .last_cut
             .iter()
             .map(|cut| ("last cut", cut_line(cut))),
@@ -159,6 +165,28 @@ fn carrier_line(carrier: &CarrierStatus) -> String {
         "{} to {}{round_trip}, up for {up}",
         carrier.kind, carrier.peer
     )
+}
+
+fn intercept_line(intercept: &InterceptStatus) -> String {
+    let InterceptStatus {
+        name,
+        port,
+        workload,
+        local,
+        ..
+    } = intercept;
+    let state = match (intercept.ready, &intercept.message, &intercept.reason) {
+        (true, _, _) => format!("{} of {} pods", intercept.pods_attached, intercept.pods),
+        (false, Some(message), _) => message.clone(),
+        (false, None, Some(reason)) => reason.clone(),
+        (false, None, None) => "the manager has not looked at it".to_owned(),
+    };
+    let refused = match intercept.refused {
+        0 => String::new(),
+        refused => format!(", {refused} refused by {local}"),
+    };
+    let flows = counted(intercept.flows, "connection");
+    format!("{name}: port {port} of {workload} to {local}, {state}; {flows}{refused}")
 }
 
 fn cut_line(cut: &Cut) -> String {
@@ -245,6 +273,36 @@ mod tests {
         );
         assert!(text.contains("  hint      is the cluster up?\n"), "{text}");
         assert!(!text.contains('\u{1b}'));
+    }
+
+    #[test]
+    fn an_intercept_shows_where_it_leads_and_what_is_wrong() {
+        let ready = InterceptStatus {
+            name: "web".into(),
+            workload: "deployment/web".into(),
+            port: 8080,
+            local: "localhost:3000".into(),
+            ready: true,
+            pods: 2,
+            pods_attached: 2,
+            flows: 1,
+            ..InterceptStatus::default()
+        };
+        let stuck = InterceptStatus {
+            ready: false,
+            message: Some("no pod runs".into()),
+            refused: 3,
+            ..ready.clone()
+        };
+
+        assert_eq!(
+            intercept_line(&ready),
+            "web: port 8080 of deployment/web to localhost:3000, 2 of 2 pods; 1 connection"
+        );
+        assert_eq!(
+            intercept_line(&stuck),
+            "web: port 8080 of deployment/web to localhost:3000, no pod runs; 1 connection, 3 refused by localhost:3000"
+        );
     }
 
     #[test]

@@ -1,0 +1,555 @@
+//! `tp intercept`: requests to a workload that match go to this workstation.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+use serde::Serialize;
+use tp_manager_api::intercept::AttachMode;
+
+use super::child::{self, Signals};
+use super::connect::before_command;
+use crate::daemon::asked::Held;
+use crate::daemon::inbound::LocalAddress;
+use crate::daemon::intercepts::{Wanted, WantedPort};
+use crate::daemon::peers::{self, Peer};
+use crate::daemon::status::InterceptStatus;
+use crate::env_syntax::EnvSyntax;
+use crate::intercept::env::{self, Variables};
+use crate::intercept::example;
+use crate::intercept::flags::MatcherFlags;
+use crate::intercept::ports::{PortFlag, Target};
+use crate::intercept::workload::{self, Found};
+use crate::kubeconfig::Cluster;
+use crate::report::{self, Failure, OrFail, Output, escaped};
+
+/// Send requests to a workload that match to this workstation; everybody else's stay with the application
+///
+/// Without a flag that says which requests, a random header does, and is printed with a curl line to try it. The
+/// intercept lives as long as the connection, or until `tp leave`; with `-- COMMAND` as long as the command, whose exit
+/// code is passed on.
+#[derive(clap::Args, Debug, Clone)]
+#[command(after_help = "\
+Examples:
+  tp intercept web -p 3000                                   a random header, printed with a curl line
+  tp intercept web -p 3000:http --http-header x-user=ada     port http of its Service, requests with that header
+  tp intercept web -p 3000 -e web.env -- npm start           with the container's environment, as long as npm runs
+  tp intercept web -p 3000 --http-path-prefix /api --http-header auto
+")]
+pub struct Args {
+    /// Name of the intercept, and of the workload unless that is given
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// The workload, as WORKLOAD or KIND/WORKLOAD: Deployment, StatefulSet, DaemonSet, ReplicaSet or Pod
+    #[arg(short, long, value_name = "WORKLOAD")]
+    pub workload: Option<String>,
+    /// Port on the workstation, and the Service's port by name or number; repeatable [default: the only port, as it is]
+    #[arg(short, long, value_name = "LOCAL[:REMOTE]", value_delimiter = ',')]
+    pub port: Vec<PortFlag>,
+    /// Host that LOCAL is a port of, such as a container's address [default: this machine]
+    #[arg(long, value_name = "HOST")]
+    pub address: Option<String>,
+    /// Service that REMOTE is a port of
+    #[arg(long, value_name = "SERVICE")]
+    pub service: Option<String>,
+    /// Container that has the port and gives the environment
+    #[arg(long, value_name = "CONTAINER")]
+    pub container: Option<String>,
+    /// Which requests.
+    #[command(flatten)]
+    pub matchers: MatcherFlags,
+    /// Answer 502 when the workstation does not, instead of letting the application answer
+    #[arg(long)]
+    pub strict: bool,
+    /// How the agent gets into the pods
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Attach::Auto)]
+    pub attach: Attach,
+    /// What reaches the local port is never encrypted; taken for the sake of scripts
+    #[arg(long, hide = true)]
+    pub plaintext: bool,
+    /// Write the container's environment to this file; `-` is stdout
+    #[arg(short, long, value_name = "FILE")]
+    pub env_file: Option<PathBuf>,
+    /// Its form
+    #[arg(long, value_enum, value_name = "SYNTAX", default_value_t = EnvSyntax::Docker)]
+    pub env_syntax: EnvSyntax,
+    /// Write the container's environment to this file as JSON
+    #[arg(short = 'j', long, value_name = "FILE")]
+    pub env_json: Option<PathBuf>,
+    /// Take over this variable although it changes how local tools run, such as NODE_OPTIONS; repeatable
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub env_allow: Vec<String>,
+    /// The connection [default: the only one]
+    #[arg(long, value_name = "NAME")]
+    pub connection: Option<String>,
+    /// Run this with the container's environment, and end the intercept after it
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// How the agent gets into the pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Attach {
+    /// As the pod allows
+    Auto,
+    /// As an ephemeral container; nothing restarts
+    Ephemeral,
+    /// As a sidecar, from the pod's next start on
+    Sidecar,
+}
+
+/// What was made, for programs.
+#[derive(Serialize)]
+struct Made {
+    name: String,
+    namespace: String,
+    /// One entry a port.
+    intercepts: Vec<InterceptStatus>,
+    /// Arguments of curl for a request that matches, where one can be shown.
+    curl: Option<Vec<String>>,
+    warnings: Vec<String>,
+}
+
+/// Everything about the cluster that the command line leads to.
+struct Plan {
+    namespace: String,
+    wanted: Wanted,
+    /// The container's variables, where they were asked for and may be read.
+    variables: Option<Variables>,
+    curl: Option<Vec<String>>,
+    warnings: Vec<String>,
+}
+
+/// Makes the intercept.
+///
+/// # Errors
+/// Why it cannot be; with a command, its exit code is then the one for "before the command started".
+pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
+    if args.command.is_empty() {
+        let peer = peers::one(args.connection.as_deref())?;
+        let plan = args.plan(&peer).await?;
+        // What stays in the file after this command is of the intercept that it made.
+        let made = report::step("intercepting", peer.intercept(plan.wanted.clone())).await;
+        let (_, statuses) = made?;
+        return say(&args, plan, statuses, *output);
+    }
+    with_command(&args).await
+}
+
+async fn with_command(args: &Args) -> Result<ExitCode, Failure> {
+    let open_files = child::open_files();
+    let mut signals = Signals::watch()?;
+    let making = async {
+        let peer = peers::one(args.connection.as_deref())?;
+        let proxy = peer.variables().await?;
+        let plan = args.plan(&peer).await?;
+        let made = report::step("intercepting", peer.intercept(plan.wanted.clone())).await;
+        let (held, statuses) = made?;
+        Ok::<_, Failure>((held, statuses, plan, proxy))
+    };
+    let made = tokio::select! {
+        made = making => made,
+        _ = signals.next() => Err(Failure::new("interrupted before the command started")),
+    };
+    let (held, statuses, plan, proxy) = made.map_err(before_command)?;
+    let variables = args.environment(&plan, &statuses, proxy);
+    tell(&plan, &statuses);
+    args.write_files(&plan, &statuses)?;
+    match child::start(&args.command, &variables, open_files) {
+        Ok(child) => attend(child, held, &mut signals).await,
+        Err(failure) => {
+            held.leave().await;
+            Err(failure)
+        }
+    }
+}
+
+/// Waits for the command. An intercept that ends under it is said and is not its end.
+async fn attend(
+    mut child: tokio::process::Child,
+    mut held: Held,
+    signals: &mut Signals,
+) -> Result<ExitCode, Failure> {
+    let mut is_held = true;
+    loop {
+        tokio::select! {
+            ended = child.wait() => {
+                let status = ended.or_fail(|| "cannot wait for the command".to_owned())?;
+                held.leave().await;
+                return Ok(child::exit_code(status));
+            }
+            signal = signals.next() => child::forward(signal, &child),
+            () = held.ended(), if is_held => {
+                is_held = false;
+                Failure::new("the intercept has ended, and the command goes on")
+                    .because("it was left, or its connection ended")
+                    .print();
+            }
+        }
+    }
+}
+
+impl Args {
+    async fn plan(&self, peer: &Peer) -> Result<Plan, Failure> {
+        let chosen = self.matchers.choose()?;
+        let (selectors, namespace) = peer.login().await?;
+        let cluster = selectors.load().await?;
+        let name = self.workload.as_deref().unwrap_or(&self.name);
+        let (found, services) = futures::try_join!(
+            workload::find(&cluster, &namespace, name),
+            workload::services(&cluster, &namespace),
+        )?;
+        if let Some(obstacle) = found.obstacle(&namespace) {
+            let what = format!("{} cannot be intercepted", found.workload);
+            return Err(Failure::new(what).because(obstacle));
+        }
+        let ports = self.ports(&found, &services)?;
+        let container = self.container(&found, &ports)?;
+        let mut warnings = chosen.warnings;
+        let variables = self
+            .variables(&cluster, &namespace, &found, &container, &mut warnings)
+            .await?;
+        let curl = ports.iter().find_map(|(_, target)| {
+            let authority = authority(target, &namespace)?;
+            example::curl_arguments(&chosen.matchers, &authority)
+        });
+        let wanted = Wanted {
+            name: self.name.clone(),
+            workload: found.workload.clone(),
+            ports: ports
+                .into_iter()
+                .map(|(local, target)| wanted_port(local, target))
+                .collect(),
+            container: Some(container),
+            matchers: chosen.matchers,
+            strict: self.strict,
+            attach: self.attach.into(),
+            held: !self.command.is_empty(),
+        };
+        Ok(Plan {
+            namespace,
+            wanted,
+            variables,
+            curl,
+            warnings,
+        })
+    }
+
+    /// Each port with where it leads.
+    fn ports(
+        &self,
+        found: &Found,
+        services: &[k8s_openapi::api::core::v1::Service],
+    ) -> Result<Vec<(LocalAddress, Target)>, Failure> {
+        let scene = found.scene(services);
+        let choose = |remote: Option<&str>| {
+            let target = scene.choose(self.service.as_deref(), self.container.as_deref(), remote);
+            target.map_err(|failure| failure.within(format!("cannot intercept {}", found.workload)))
+        };
+        let local = |port| LocalAddress {
+            host: self.address.clone(),
+            port,
+        };
+        if self.port.is_empty() {
+            let target = choose(None)?;
+            return Ok(vec![(local(target.port), target)]);
+        }
+        let mut ports: Vec<(LocalAddress, Target)> = Vec::new();
+        for flag in &self.port {
+            let target = choose(flag.remote.as_deref())?;
+            if ports.iter().any(|(_, other)| other.port == target.port) {
+                let what = format!("port {} was given twice", target.port);
+                return Err(Failure::new(what).exit(report::USAGE));
+            }
+            ports.push((local(flag.local), target));
+        }
+        Ok(ports)
+    }
+
+    /// The one that was named, that has the port, or the first.
+    fn container(
+        &self,
+        found: &Found,
+        ports: &[(LocalAddress, Target)],
+    ) -> Result<String, Failure> {
+        let names: Vec<&str> = found
+            .spec
+            .containers
+            .iter()
+            .map(|c| c.name.as_str())
+            .collect();
+        let of_port = ports
+            .iter()
+            .find_map(|(_, target)| target.container.clone());
+        match &self.container {
+            Some(given) if !names.contains(&given.as_str()) => Err(Failure::new(format!(
+                "{} has no container {given}",
+                found.workload
+            ))
+            .because(format!("it has {}", names.join(", ")))),
+            Some(given) => Ok(given.clone()),
+            None => Ok(of_port.unwrap_or_else(|| (*names.first().unwrap_or(&"")).to_owned())),
+        }
+    }
+
+    /// What cannot be had is an error where a file was asked for, and a warning where only a command is to be run.
+    async fn variables(
+        &self,
+        cluster: &Cluster,
+        namespace: &str,
+        found: &Found,
+        container: &str,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Variables>, Failure> {
+        let for_file = self.env_file.is_some() || self.env_json.is_some();
+        if !for_file && self.command.is_empty() {
+            return Ok(None);
+        }
+        match env::of_container(cluster, namespace, found, container).await {
+            Ok(variables) => Ok(Some(env::without_denied(variables, &self.env_allow))),
+            Err(failure) if for_file => Err(failure),
+            Err(failure) => {
+                warnings.push(format!(
+                    "the command gets no environment of the container: {}",
+                    failure.one_line()
+                ));
+                Ok(None)
+            }
+        }
+    }
+
+    /// The proxy's variables, over them the container's, over them what says which intercept it is.
+    fn environment(
+        &self,
+        plan: &Plan,
+        statuses: &[InterceptStatus],
+        proxy: Variables,
+    ) -> Variables {
+        let container = plan.variables.iter().flatten().cloned();
+        proxy
+            .into_iter()
+            .chain(container)
+            .chain(self.of_intercept(plan, statuses))
+            .collect()
+    }
+
+    fn of_intercept(&self, plan: &Plan, statuses: &[InterceptStatus]) -> Variables {
+        let id = statuses
+            .first()
+            .map(|status| status.id.as_str())
+            .unwrap_or_default();
+        env::of_intercept(id, plan.wanted.container.as_deref())
+    }
+
+    fn write_files(&self, plan: &Plan, statuses: &[InterceptStatus]) -> Result<(), Failure> {
+        let Some(container) = &plan.variables else {
+            return Ok(());
+        };
+        let mut all = container.clone();
+        all.extend(self.of_intercept(plan, statuses));
+        let files = [
+            (&self.env_file, self.env_syntax),
+            (&self.env_json, EnvSyntax::Json),
+        ];
+        for (path, syntax) in files {
+            let Some(path) = path else { continue };
+            let written = syntax.write(&all);
+            env::write_private(path, &written.text)?;
+            if !written.left_out.is_empty() {
+                let names = written.left_out.join(", ");
+                report::note(&format!(
+                    "warning: {} cannot hold {names}; `--env-syntax json` holds everything",
+                    path.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn wanted_port(local: LocalAddress, target: Target) -> WantedPort {
+    WantedPort {
+        port: target.port,
+        service: target.service.map(|(name, _)| name),
+        local,
+    }
+}
+
+/// `web`, with a port unless it is 80.
+fn authority(target: &Target, namespace: &str) -> Option<String> {
+    let (service, port) = target.service.as_ref()?;
+    Some(match port {
+        80 => format!("{service}.{namespace}"),
+        port => format!("{service}.{namespace}:{port}"),
+    })
+}
+
+impl From<Attach> for AttachMode {
+    fn from(attach: Attach) -> Self {
+        match attach {
+            Attach::Auto => Self::Auto,
+            Attach::Ephemeral => Self::Ephemeral,
+            Attach::Sidecar => Self::Sidecar,
+        }
+    }
+}
+
+fn say(
+    args: &Args,
+    plan: Plan,
+    statuses: Vec<InterceptStatus>,
+    output: Output,
+) -> Result<ExitCode, Failure> {
+    args.write_files(&plan, &statuses)?;
+    warn(&plan, &statuses);
+    let made = Made {
+        name: plan.wanted.name.clone(),
+        namespace: plan.namespace,
+        intercepts: statuses,
+        curl: plan.curl,
+        warnings: plan.warnings,
+    };
+    // The file that was asked for on stdout is all that is there.
+    if !args.writes_to_stdout() {
+        output.print(&made, || told(&made.intercepts, made.curl.as_deref()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Args {
+    fn writes_to_stdout(&self) -> bool {
+        let files = [&self.env_file, &self.env_json];
+        files
+            .into_iter()
+            .flatten()
+            .any(|path| path.as_os_str() == "-")
+    }
+}
+
+/// On stderr: stdout is the command's.
+fn tell(plan: &Plan, statuses: &[InterceptStatus]) {
+    warn(plan, statuses);
+    for line in told(statuses, plan.curl.as_deref()).lines() {
+        report::note_line(line);
+    }
+}
+
+fn warn(plan: &Plan, statuses: &[InterceptStatus]) {
+    for warning in &plan.warnings {
+        report::note(&format!("warning: {warning}"));
+    }
+    for status in statuses {
+        if let Some(open @ 1..) = status.open_before {
+            let what = report::counted(open, "connection");
+            report::note(&format!(
+                "warning: {what} to port {} were open before: requests on them go to the application until they close",
+                status.port
+            ));
+        }
+        if let (false, Some(message)) = (status.ready, &status.message) {
+            report::note(&format!("warning: {message}"));
+        }
+    }
+}
+
+fn told(statuses: &[InterceptStatus], curl: Option<&[String]>) -> String {
+    let mut text = String::new();
+    for status in statuses {
+        let by = match &status.service {
+            Some(service) => format!(" (Service {service})"),
+            None => String::new(),
+        };
+        let pods = report::counted(status.pods_attached, "pod");
+        text += &escaped(&format!(
+            "{}: port {} of {}{by} in {pods} leads to {}",
+            status.name, status.port, status.workload, status.local
+        ));
+        text.push('\n');
+    }
+    let matchers = statuses
+        .first()
+        .map(|status| status.matchers.as_slice())
+        .unwrap_or_default();
+    for (n, matcher) in matchers.iter().enumerate() {
+        let name = if n == 0 { "requests" } else { "and" };
+        text += &format!("  {name:<9} {}\n", escaped(&matcher.to_string()));
+    }
+    if let Some(curl) = curl {
+        let words: Vec<String> = ["tp".to_owned(), "curl".to_owned()]
+            .into_iter()
+            .chain(curl.iter().cloned())
+            .collect();
+        text += &format!("  {:<9} {}\n", "try", escaped(&example::shell_line(&words)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use tp_manager_api::Matcher;
+    use tp_manager_api::matcher::{NamedText, Text};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(line: &str) -> Result<Args, clap::Error> {
+        let words = std::iter::once("tp").chain(line.split_whitespace());
+        Line::try_parse_from(words).map(|line| line.args)
+    }
+
+    #[test]
+    fn telepresences_command_lines_are_taken() {
+        let args = parse(
+            "web -w deploy/web -p 8080:http,9090:80 -p 1 --address 10.0.0.2 --service web --container app -e a.env \
+             --env-syntax sh:export -j a.json --http-header x-user=ada --http-path-prefix /api --plaintext -- npm start",
+        )
+        .unwrap();
+
+        assert_eq!(args.port.len(), 3);
+        assert_eq!(args.env_syntax, EnvSyntax::Sh);
+        assert_eq!(args.command, ["npm", "start"]);
+        for bad in [
+            "",
+            "web -p x",
+            "web --env-syntax cmd",
+            "web --attach x",
+            "web --http-header x",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_was_made_is_told_with_a_line_to_try_it() {
+        let status = InterceptStatus {
+            name: "web".into(),
+            workload: "deployment/web".into(),
+            port: 8080,
+            service: Some("web".into()),
+            local: "localhost:3000".into(),
+            pods_attached: 2,
+            matchers: vec![Matcher::Header(NamedText {
+                name: "x-user".into(),
+                value: Text {
+                    exact: Some("ada".into()),
+                    ..Text::default()
+                },
+            })],
+            ..InterceptStatus::default()
+        };
+        let curl = ["-H", "x-user: ada", "http://web.shop/"].map(str::to_owned);
+
+        assert_eq!(
+            told(&[status], Some(&curl)),
+            "web: port 8080 of deployment/web (Service web) in 2 pods leads to localhost:3000\n  \
+             requests  header x-user = ada\n  try       tp curl -H 'x-user: ada' http://web.shop/\n"
+        );
+    }
+}
