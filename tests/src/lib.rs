@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod connection;
 mod guard;
 pub mod laptop;
+pub mod ledger;
 pub mod link;
 pub mod manager;
 pub mod process;

@@ -1,0 +1,130 @@
+//! A server that checks each request, writes it down, and gives the one right reply, signed.
+
+use std::convert::Infallible;
+use std::io::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use http::{HeaderMap, Response, StatusCode};
+use http_body_util::{BodyExt as _, Full};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tp_tests::ledger::{Event, INSTANCE_HEADER, Label, Ledger, REQUEST_HEADER};
+
+use crate::load::read_body;
+
+pub(crate) struct Server {
+    pub(crate) ledger: Ledger,
+    /// How it signs.
+    pub(crate) instance: String,
+    /// Between request and reply.
+    pub(crate) delay: Duration,
+}
+
+/// Accepts until the process is ended.
+pub(crate) async fn run(server: Arc<Server>, address: &str) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address).await?;
+    writeln!(std::io::stdout(), "{}", listener.local_addr()?)?;
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let server = Arc::clone(&server);
+        // A client that went away is in its own ledger.
+        tokio::spawn(async move { server.connection(stream).await });
+    }
+}
+
+impl Server {
+    async fn connection(self: Arc<Self>, mut stream: TcpStream) -> anyhow::Result<()> {
+        stream.set_nodelay(true)?;
+        if begins_as_http2(&stream).await? {
+            let mut connection = h2::server::handshake(stream).await?;
+            while let Some(accepted) = connection.accept().await {
+                let (request, respond) = accepted?;
+                let server = Arc::clone(&self);
+                tokio::spawn(async move { server.stream(request, respond).await });
+            }
+            return Ok(());
+        }
+        let service = service_fn(|request: hyper::Request<hyper::body::Incoming>| async {
+            let (head, body) = request.into_parts();
+            let reply = match body.collect().await {
+                Ok(body) => self.answer(&head.headers, &body.to_bytes()).await,
+                Err(_) => refusal("the body ended early"),
+            };
+            Ok::<_, Infallible>(reply)
+        });
+        let io = TokioIo::new(&mut stream);
+        hyper::server::conn::http1::Builder::new()
+            .serve_connection(io, service)
+            .await?;
+        let _ = stream.shutdown().await;
+        Ok(())
+    }
+
+    async fn stream(
+        self: Arc<Self>,
+        request: http::Request<h2::RecvStream>,
+        mut respond: h2::server::SendResponse<Bytes>,
+    ) -> anyhow::Result<()> {
+        let (head, body) = request.into_parts();
+        let body = read_body(body).await?;
+        let (head, body) = self.answer(&head.headers, &body).await.into_parts();
+        let body = body.collect().await?.to_bytes();
+        let mut stream = respond.send_response(Response::from_parts(head, ()), false)?;
+        crate::load::send_body(&mut stream, body).await
+    }
+
+    async fn answer(&self, headers: &HeaderMap, body: &[u8]) -> Response<Full<Bytes>> {
+        let Ok(label) = label(headers) else {
+            return refusal("not one of ours");
+        };
+        let exchange = label.plan.exchange(label.id);
+        let received = Event::Received {
+            instance: self.instance.clone(),
+            intact: exchange.request == body,
+        };
+        self.ledger.write(label.id, received);
+        tokio::time::sleep(self.delay).await;
+        let mut response = Response::new(Full::from(exchange.reply));
+        let instance = self
+            .instance
+            .parse()
+            .expect("an instance's name is visible ASCII");
+        response.headers_mut().insert(INSTANCE_HEADER, instance);
+        response
+    }
+}
+
+fn label(headers: &HeaderMap) -> anyhow::Result<Label> {
+    headers
+        .get(REQUEST_HEADER)
+        .context("no label")?
+        .to_str()?
+        .parse()
+}
+
+fn refusal(why: &'static str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(why));
+    *response.status_mut() = StatusCode::BAD_REQUEST;
+    response
+}
+
+/// Whether the client's preface (RFC 9113 §3.4) comes. Takes no byte of it.
+async fn begins_as_http2(stream: &TcpStream) -> std::io::Result<bool> {
+    let mut first = [0; 3];
+    loop {
+        let len = stream.peek(&mut first).await?;
+        // `PRI`, and no method of HTTP/1 that is used begins with `PR` (RFC 9110 §9.3).
+        if len == 0 || first[..len] != b"PRI"[..len] {
+            return Ok(false);
+        }
+        if len == first.len() {
+            return Ok(true);
+        }
+        stream.readable().await?;
+    }
+}
