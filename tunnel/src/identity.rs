@@ -61,16 +61,33 @@ impl KeyHash {
 impl Identity {
     /// A new ECDSA P-256 key, the kind every TLS 1.3 client supports.
     pub fn generate() -> Self {
-        let key = rcgen::KeyPair::generate().expect("the system's random source works");
+        Self::of(&rcgen::KeyPair::generate().expect("the system's random source works"))
+    }
+
+    fn of(key: &rcgen::KeyPair) -> Self {
         let mut params = rcgen::CertificateParams::default();
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, "tp");
         let certificate = params
-            .self_signed(&key)
+            .self_signed(key)
             .expect("constant parameters are valid");
         let pem = format!("{}{}", key.serialize_pem(), certificate.pem());
         Self::from_pem(&pem).expect("what was just generated is valid")
+    }
+
+    /// The Ed25519 key that these 64 hexadecimal digits stand for (RFC 8032 §5.1.5): who knows the seed knows the key.
+    pub fn from_seed(seed: &str) -> Result<Self, IdentityError> {
+        let hash: KeyHash = format!("{PREFIX}{seed}")
+            .parse()
+            .map_err(|_| IdentityError::Pem(None))?;
+        // PKCS#8 around a bare seed (RFC 8410 §7).
+        const WRAPPING: [u8; 16] = [
+            0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20,
+        ];
+        let der = [&WRAPPING[..], hash.as_bytes()].concat();
+        let key = rcgen::KeyPair::try_from(der).map_err(|_| IdentityError::Pem(None))?;
+        Ok(Self::of(&key))
     }
 
     /// Reads the private key and the certificate that [`Identity::to_pem`] wrote; `openssl` writes such files too.
@@ -177,6 +194,21 @@ mod tests {
         let read = Identity::from_pem(&identity.to_pem()).unwrap();
         assert_eq!(read.key_hash(), identity.key_hash());
         assert_ne!(Identity::generate().key_hash(), identity.key_hash());
+    }
+
+    #[test]
+    fn a_seed_is_one_key_everywhere() {
+        let seed = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60";
+        let hash = Identity::from_seed(seed).unwrap().key_hash();
+        assert_eq!(hash, Identity::from_seed(seed).unwrap().key_hash());
+        // RFC 8032 §7.1 has the public key of this seed; this is the hash of it as SubjectPublicKeyInfo.
+        assert_eq!(
+            hash.to_string(),
+            "sha256:06e3fd8fda29bb60ab59557de61edb0aecdb231134be30e75b455f8e1b792fa9"
+        );
+        for bad in ["", &seed[1..], &seed.to_uppercase()] {
+            assert!(Identity::from_seed(bad).is_err(), "{bad:?} was accepted");
+        }
     }
 
     #[test]
