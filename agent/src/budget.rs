@@ -1,0 +1,68 @@
+//! The memory that traffic may hold. Strangers decide how much traffic there is; the pod's memory is not theirs.
+
+use std::sync::Arc;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// What connections hold for parsing, in all. With the binary, the tunnel and opaque connections it stays within the
+/// agent's 48 MiB.
+pub const PARSING: usize = 24 << 20;
+
+/// Connections at a time, opaque ones included; each opaque one may hold two small buffers.
+pub const CONNECTIONS: usize = 1024;
+
+/// What one HTTP/1 exchange is charged: a buffer for each direction and their heads.
+pub const EXCHANGE: usize = 48 << 10;
+
+/// What one HTTP/2 connection is charged: the windows that we grant, towards both sides.
+pub const CONNECTION: usize = 768 << 10;
+
+/// What a head that is larger than usual, or a body that is looked into, is charged beside it.
+pub const LARGE: usize = 128 << 10;
+
+/// Shared by all connections.
+#[derive(Debug)]
+pub struct Budget {
+    parsing: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
+}
+
+/// A part of the budget; dropping it gives it back.
+#[derive(Debug)]
+pub struct Share(#[expect(dead_code, reason = "held for its Drop")] OwnedSemaphorePermit);
+
+const UNIT: usize = 1024;
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self::new(PARSING, CONNECTIONS)
+    }
+}
+
+impl Budget {
+    /// So many bytes for parsing and so many connections.
+    pub fn new(parsing: usize, connections: usize) -> Self {
+        Self {
+            parsing: Arc::new(Semaphore::new(parsing / UNIT)),
+            connections: Arc::new(Semaphore::new(connections)),
+        }
+    }
+
+    /// `None` when so much is not left. Who gets none must not wait: it passes traffic on unparsed.
+    pub fn take(&self, bytes: usize) -> Option<Share> {
+        let units = u32::try_from(bytes.div_ceil(UNIT)).ok()?;
+        let permit = Arc::clone(&self.parsing).try_acquire_many_owned(units);
+        permit.ok().map(Share)
+    }
+
+    /// A place for one more connection.
+    pub fn connection(&self) -> Option<Share> {
+        let permit = Arc::clone(&self.connections).try_acquire_owned();
+        permit.ok().map(Share)
+    }
+
+    /// Whether new connections had better not come here: few places are left.
+    pub fn is_strained(&self) -> bool {
+        self.connections.available_permits() < CONNECTIONS / 16
+    }
+}

@@ -1,0 +1,545 @@
+//! HTTP/1 from a client: request after request, each to whom it belongs.
+//!
+//! Requests of one connection are served one after the other; pipelined ones wait in the socket and in a small buffer.
+
+pub mod body;
+mod exchange;
+pub mod head;
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
+use tp_tunnel::{Flow, Workstation};
+
+use super::{FALLBACK, Place, Shared, opaque, open};
+use crate::book::Live;
+use crate::budget::{EXCHANGE, LARGE, Share};
+use crate::route::{Decision, decide};
+use crate::upstream::{Dialing, READ, Reader, Upstream, Writer, dial, fill, reset_on_close};
+use body::{Body, payload};
+use exchange::{Failure, Served, exchange};
+use head::{Doubt, Passage, Request, complete};
+
+/// How long a head may take once its first byte is there.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a body that a matcher asks for may take. After it the request is nobody's.
+const BODY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a client may take to read our last words, and how much of what it says is thrown away meanwhile: closing
+/// over unread bytes would be a reset, which overtakes them.
+const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 256 * 1024);
+
+/// The connection that requests come on.
+struct Client {
+    rx: OwnedReadHalf,
+    tx: OwnedWriteHalf,
+    /// Received and not yet understood.
+    buf: BytesMut,
+    /// The client has sent its FIN.
+    ended: bool,
+}
+
+/// The connections that serve this client.
+#[derive(Default)]
+struct Upstreams {
+    app: Option<Upstream>,
+    /// The first connection to the application.
+    dialing: Option<Dialing>,
+    /// To the workstation of this intercept.
+    mine: Option<(String, Upstream)>,
+    /// The last answer was the application's.
+    app_was_last: bool,
+}
+
+impl Upstreams {
+    /// The connection to the application, or a new one.
+    async fn app(&mut self, address: SocketAddr) -> io::Result<Upstream> {
+        let tcp = match (self.app.take(), self.dialing.take()) {
+            (Some(upstream), _) => return Ok(upstream),
+            (None, Some(dialing)) => dialing.await?,
+            (None, None) => dial(address).await?,
+        };
+        Ok(Upstream::app(tcp))
+    }
+}
+
+/// What came while nothing was under way.
+enum Next {
+    Head(Bytes),
+    /// No next request; the connection ends in good order.
+    End,
+    Lost,
+    Refused(Doubt),
+    /// There is no memory to parse what comes; it goes on unparsed.
+    Unparsed,
+}
+
+/// How a connection goes on after a request.
+enum Then {
+    Next,
+    End,
+    Reset,
+    Refuse(Doubt),
+    /// The workstation vanished: nobody knows whether the request was executed.
+    Gone,
+    /// Bytes only, from here on, with whoever answered last.
+    Tunnel(Box<Upstream>),
+}
+
+/// Serves one connection to its end. `early` was read from it, `app` is a connection to the application that nobody uses yet.
+pub(super) async fn serve(
+    client: TcpStream,
+    early: BytesMut,
+    app: Option<Dialing>,
+    place: Place,
+    shared: &Shared,
+) {
+    let (rx, tx) = client.into_split();
+    let mut client = Client {
+        rx,
+        tx,
+        buf: early,
+        ended: false,
+    };
+    let mut upstreams = Upstreams {
+        dialing: app,
+        ..Upstreams::default()
+    };
+    loop {
+        let mut share = None;
+        let raw = match next(&mut client, &mut upstreams, shared, &mut share).await {
+            Next::Head(raw) => raw,
+            Next::End => return client.finish().await,
+            Next::Lost => return client.reset(),
+            Next::Refused(doubt) => return client.refuse(doubt).await,
+            Next::Unparsed => return client.pass_on(upstreams, place, Bytes::new()).await,
+        };
+        let request = match Request::parse(raw) {
+            Ok(request) => request,
+            Err(doubt) => return client.refuse(doubt).await,
+        };
+        let passage = Passage {
+            peer: place.peer.ip(),
+            continued: false,
+        };
+        if request.method() == "CONNECT" {
+            // What follows is no HTTP, and matching it is nobody's wish.
+            let mut head = BytesMut::new();
+            request.write(passage, &mut head);
+            return client.pass_on(upstreams, place, head.freeze()).await;
+        }
+        let mut turn = Turn {
+            client: &mut client,
+            upstreams: &mut upstreams,
+            request: &request,
+            body: Body::new(request.framing),
+            passage,
+            buffered: BytesMut::new(),
+            place,
+            shared,
+        };
+        match turn.serve().await {
+            Then::Next => {}
+            Then::End => return client.finish().await,
+            Then::Reset => return client.reset(),
+            Then::Refuse(doubt) => return client.refuse(doubt).await,
+            Then::Gone => {
+                let why = "the workstation of this intercept went away before it answered";
+                return client.answer(502, "Bad Gateway", why).await;
+            }
+            Then::Tunnel(upstream) => return client.tunnel(*upstream).await,
+        }
+    }
+}
+
+/// Waits for the next head. Idle upstreams are watched meanwhile: the application's close is the client's.
+async fn next(
+    client: &mut Client,
+    upstreams: &mut Upstreams,
+    shared: &Shared,
+    share: &mut Option<(Share, Option<Share>)>,
+) -> Next {
+    if client.buf.is_empty() {
+        client.buf = BytesMut::new();
+        loop {
+            let filled = tokio::select! {
+                biased;
+                filled = fill(&client.rx, &mut client.buf) => filled,
+                () = ended(upstreams.app.as_mut()) => {
+                    upstreams.app = None;
+                    match upstreams.app_was_last {
+                        true => return Next::End,
+                        false => continue,
+                    }
+                }
+                () = ended(upstreams.mine.as_mut().map(|(_, mine)| mine)) => {
+                    upstreams.mine = None;
+                    continue;
+                }
+            };
+            match filled {
+                Ok(0) => return Next::End,
+                Ok(_) => break,
+                Err(_) => return Next::Lost,
+            }
+        }
+    }
+    match shared.budget.take(EXCHANGE) {
+        Some(taken) => *share = Some((taken, None)),
+        None => return Next::Unparsed,
+    }
+    let head = tokio::time::timeout(HEAD_TIMEOUT, async {
+        let mut seen = 0;
+        loop {
+            // One empty line before a request is allowed (RFC 9112 §2.2).
+            if seen == 0 && client.buf.starts_with(b"\r\n") {
+                bytes::Buf::advance(&mut client.buf, 2);
+            }
+            let half_line = &client.buf[..] == b"\r";
+            match complete(&client.buf, seen) {
+                Ok(Some(size)) => return Next::Head(client.buf.split_to(size).freeze()),
+                Ok(None) => seen = if half_line { 0 } else { client.buf.len() },
+                Err(doubt) => return Next::Refused(doubt),
+            }
+            if client.buf.len() > READ
+                && let Some((_, large @ None)) = share.as_mut()
+            {
+                *large = shared.budget.take(LARGE);
+                if large.is_none() {
+                    return Next::Unparsed;
+                }
+            }
+            match fill(&client.rx, &mut client.buf).await {
+                Ok(0) if client.buf.is_empty() => return Next::End,
+                Ok(0) => return Next::Refused(Doubt::Malformed("a header that does not end")),
+                Ok(_) => {}
+                Err(_) => return Next::Lost,
+            }
+        }
+    });
+    head.await.unwrap_or(Next::End)
+}
+
+/// Resolves when an idle connection has ended, or said something nobody asked for.
+async fn ended(upstream: Option<&mut Upstream>) {
+    let Some(upstream) = upstream else {
+        return std::future::pending().await;
+    };
+    loop {
+        let readable = match &mut upstream.rx {
+            Reader::App(rx) => rx.readable().await.is_ok(),
+            Reader::Workstation(_) => {
+                drop(upstream.rx.fill(&mut upstream.buf).await);
+                return;
+            }
+        };
+        // The kernel may have spoken of bytes that were read long ago.
+        if !readable || !upstream.is_idle() {
+            return;
+        }
+    }
+}
+
+/// One request and its answer.
+struct Turn<'a> {
+    client: &'a mut Client,
+    upstreams: &'a mut Upstreams,
+    request: &'a Request,
+    body: Body,
+    passage: Passage,
+    /// The part of the body that a matcher has looked at, as it will be sent.
+    buffered: BytesMut,
+    place: Place,
+    shared: &'a Shared,
+}
+
+impl Turn<'_> {
+    async fn serve(&mut self) -> Then {
+        let port = self.shared.book.port(self.place.listen);
+        let request = self.request;
+        let head = request.to_match();
+        let decision = match decide(port.as_deref(), &head, None) {
+            Decision::NeedsBody => match self.operation().await {
+                Ok(operation) => decide(port.as_deref(), &head, Some(&operation)),
+                Err(then) => return then,
+            },
+            decided @ (Decision::App | Decision::Mine(_)) => decided,
+        };
+        match decision {
+            Decision::Mine(live) => self.by_workstation(live).await,
+            Decision::App | Decision::NeedsBody => self.by_app(&[]).await,
+        }
+    }
+
+    /// Reads the body for the operation in it. A body that is too large or too slow has none.
+    async fn operation(&mut self) -> Result<Operation, Then> {
+        let nothing = Operation::default();
+        let Some(_share) = self.shared.budget.take(LARGE) else {
+            return Ok(nothing);
+        };
+        let deadline = tokio::time::Instant::now() + BODY_TIMEOUT;
+        let mut piece = BytesMut::new();
+        loop {
+            let done = self.body.transcode(&mut self.client.buf, &mut piece);
+            self.buffered.put_slice(&piece);
+            piece.clear();
+            match done {
+                Err(doubt) => return Err(Then::Refuse(doubt)),
+                Ok(true) => {
+                    let payload = payload(&self.buffered, self.request.framing);
+                    return Ok(Operation::of_body(&payload));
+                }
+                Ok(false) if self.buffered.len() > BODY_MAX => return Ok(nothing),
+                Ok(false) => {}
+            }
+            if self.request.expects_continue() && !self.passage.continued {
+                self.passage.continued = true;
+                let go_on = self
+                    .client
+                    .tx
+                    .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    .await;
+                go_on.map_err(|_| Then::Reset)?;
+            }
+            let filling = fill(&self.client.rx, &mut self.client.buf);
+            match tokio::time::timeout_at(deadline, filling).await {
+                Err(_) => return Ok(nothing),
+                Ok(Ok(0)) => {
+                    return Err(Then::Refuse(Doubt::Malformed("a body that does not end")));
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) => return Err(Then::Reset),
+            }
+        }
+    }
+
+    fn head(&self) -> BytesMut {
+        let mut out = BytesMut::new();
+        self.request.write(self.passage, &mut out);
+        out.put_slice(&self.buffered);
+        out
+    }
+
+    async fn by_app(&mut self, marks: &[(&str, &str)]) -> Then {
+        let app = self.place.app;
+        let mut upstream = match self.upstreams.app(app).await {
+            Ok(upstream) => upstream,
+            Err(error) => {
+                tracing::debug!(%app, %error, "the application does not answer");
+                return Then::Reset;
+            }
+        };
+        let first = self.head();
+        match self.exchange(&mut upstream, first, marks).await {
+            Ok(Served::Kept) => {
+                self.upstreams.app = Some(upstream);
+                self.upstreams.app_was_last = true;
+                Then::Next
+            }
+            Ok(Served::Closed) => Then::End,
+            Ok(Served::Upgraded) => Then::Tunnel(Box::new(upstream)),
+            Err(Failure::Doubt(doubt)) => {
+                abandon(upstream);
+                Then::Refuse(doubt)
+            }
+            Err(Failure::Client) => {
+                abandon(upstream);
+                Then::Reset
+            }
+            // As the client would have seen it.
+            Err(Failure::Upstream { error: None, .. }) => Then::End,
+            Err(Failure::Upstream { error: Some(_), .. }) => Then::Reset,
+        }
+    }
+
+    async fn by_workstation(&mut self, live: &Live<Workstation>) -> Then {
+        let id = live.route.id.as_str();
+        let kept = self.upstreams.mine.take();
+        let mut kept = kept.filter(|(intercept, upstream)| {
+            // Whose flow it is must not change, and it must not have ended.
+            intercept == id && upstream.is_workstation()
+        });
+        if kept
+            .as_mut()
+            .is_some_and(|(_, upstream)| !upstream.is_idle())
+        {
+            kept = None;
+        }
+        let reused = kept.is_some();
+        let mut upstream = match kept {
+            Some((_, upstream)) => upstream,
+            None => match open(live, self.place.peer).await {
+                Ok(flow) => Upstream::workstation(flow),
+                Err(_) if live.route.strict => return Then::Gone,
+                Err(_) => return self.by_app(&[(FALLBACK, "1")]).await,
+            },
+        };
+        let first = self.head();
+        let mut served = self.exchange(&mut upstream, first, &[]).await;
+        if let Err(Failure::Upstream {
+            answered: false, ..
+        }) = &served
+            && reused
+            && self.request.is_safe()
+        {
+            // The local application may have closed its idle connection at that very moment.
+            let Ok(flow) = open(live, self.place.peer).await else {
+                return Then::Gone;
+            };
+            upstream = Upstream::workstation(flow);
+            let first = self.head();
+            served = self.exchange(&mut upstream, first, &[]).await;
+        }
+        match served {
+            Ok(Served::Kept) => {
+                self.upstreams.mine = Some((id.to_owned(), upstream));
+                self.upstreams.app_was_last = false;
+                Then::Next
+            }
+            Ok(Served::Closed) => Then::End,
+            Ok(Served::Upgraded) => Then::Tunnel(Box::new(upstream)),
+            Err(Failure::Doubt(doubt)) => Then::Refuse(doubt),
+            Err(Failure::Client) => Then::Reset,
+            Err(Failure::Upstream {
+                answered: false, ..
+            }) => Then::Gone,
+            Err(Failure::Upstream { answered: true, .. }) => Then::Reset,
+        }
+    }
+
+    async fn exchange(
+        &mut self,
+        upstream: &mut Upstream,
+        first: BytesMut,
+        marks: &[(&str, &str)],
+    ) -> Result<Served, Failure> {
+        exchange(
+            self.client,
+            upstream,
+            self.request,
+            first,
+            &mut self.body,
+            marks,
+        )
+        .await
+    }
+}
+
+/// A request that its client gave up is given up upstream, too.
+fn abandon(upstream: Upstream) {
+    // A flow is reset by being dropped.
+    if let (Reader::App(rx), Writer::App(tx)) = (upstream.rx, upstream.tx) {
+        reset_on_close(rx.as_ref());
+        // Dropping it would send a FIN first.
+        tx.forget();
+    }
+}
+
+impl Client {
+    /// Ends in good order, so that the last answer arrives.
+    async fn finish(mut self) {
+        if self.tx.shutdown().await.is_err() || self.ended {
+            return;
+        }
+        let (patience, most) = FAREWELL;
+        let drained = async {
+            let mut left = most;
+            loop {
+                self.buf.clear();
+                match fill(&self.rx, &mut self.buf).await {
+                    Ok(0) | Err(_) => return,
+                    Ok(size) => left = left.saturating_sub(size),
+                }
+                if left == 0 {
+                    return;
+                }
+            }
+        };
+        // A client that goes on talking is cut.
+        let _ = tokio::time::timeout(patience, drained).await;
+    }
+
+    fn reset(self) {
+        reset_on_close(self.rx.as_ref());
+        // Dropping it would send a FIN first.
+        self.tx.forget();
+    }
+
+    async fn refuse(self, doubt: Doubt) {
+        tracing::debug!(%doubt, "request refused");
+        match doubt {
+            Doubt::Malformed(_) => self.answer(400, "Bad Request", &doubt.to_string()).await,
+            Doubt::TooLarge => {
+                self.answer(431, "Request Header Fields Too Large", &doubt.to_string())
+                    .await;
+            }
+        }
+    }
+
+    /// An answer of our own, the last one of this connection.
+    async fn answer(mut self, status: u16, reason: &str, why: &str) {
+        let answer = format!(
+            "HTTP/1.1 {status} {reason}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\ntp: {why}\n",
+            why.len() + 5
+        );
+        if self.tx.write_all(answer.as_bytes()).await.is_ok() {
+            self.finish().await;
+        }
+    }
+
+    fn whole(self) -> Option<(TcpStream, BytesMut)> {
+        let tcp = self.rx.reunite(self.tx).ok()?;
+        Some((tcp, self.buf))
+    }
+
+    /// Hands the connection and what was read of it to the application, unparsed.
+    async fn pass_on(self, mut upstreams: Upstreams, place: Place, head: Bytes) {
+        let app = match upstreams.app(place.app).await {
+            Ok(app) => whole_app(app),
+            Err(_) => None,
+        };
+        let Some((app, answer)) = app else {
+            return self.reset();
+        };
+        if let Some((tcp, rest)) = self.whole() {
+            let early = [&head[..], &rest[..]].concat();
+            opaque::to_app(tcp, app, &early, &answer).await;
+        }
+    }
+
+    /// Bytes only, after a 101.
+    async fn tunnel(self, upstream: Upstream) {
+        let Some((tcp, early)) = self.whole() else {
+            return;
+        };
+        match upstream {
+            Upstream {
+                rx: Reader::Workstation(rx),
+                tx: Writer::Workstation(tx),
+                buf,
+            } => {
+                let flow = Flow::from_io(rx, tx);
+                opaque::to_workstation(tcp, flow, early.freeze(), &buf).await;
+            }
+            app => {
+                if let Some((app, answer)) = whole_app(app) {
+                    opaque::to_app(tcp, app, &early, &answer).await;
+                }
+            }
+        }
+    }
+}
+
+fn whole_app(upstream: Upstream) -> Option<(TcpStream, BytesMut)> {
+    match (upstream.rx, upstream.tx) {
+        (Reader::App(rx), Writer::App(tx)) => Some((rx.reunite(tx).ok()?, upstream.buf)),
+        (Reader::App(_) | Reader::Workstation(_), _) => None,
+    }
+}

@@ -1,0 +1,612 @@
+//! HTTP/2 from a client, by prior knowledge: each stream to whom it belongs.
+//!
+//! A client's connection has one connection to the application and one flow to each workstation that one of its streams
+//! belongs to; on them its streams are streams again, with their trailers and resets. gRPC is nothing special.
+
+use std::collections::{HashMap, hash_map};
+use std::future::poll_fn;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures::FutureExt;
+use futures::future::{self, BoxFuture};
+use h2::client::{ResponseFuture, SendRequest};
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream, SendStream};
+use http::request::Parts;
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tp_manager_api::matcher::RequestHead;
+use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
+use tp_tunnel::{ByteStream, Workstation};
+
+use super::prefixed::Prefixed;
+use super::{FALLBACK, Place, Shared, open};
+use crate::book::Live;
+use crate::budget::LARGE;
+use crate::route::{Decision, decide};
+use crate::upstream::{Dialing, dial};
+
+/// Streams that a stranger may have open on one connection.
+const STREAMS_MAX: u32 = 128;
+
+/// Decoded bytes of a header.
+const HEADER_MAX: u32 = 64 * 1024;
+
+/// What one connection may make us hold, towards either side.
+const CONNECTION_WINDOW: u32 = 256 * 1024;
+
+/// What one stream may make us hold.
+const STREAM_WINDOW: u32 = 128 * 1024;
+
+/// Bytes handed to h2 at a time.
+const PIECE: usize = 16 * 1024;
+
+/// How long a body that a matcher asks for may take. After it the request is nobody's.
+const BODY_TIMEOUT: Duration = Duration::from_secs(2);
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+/// `h2::client::Builder` and `h2::server::Builder` have equal methods and no common trait. What is not named here stays
+/// at h2's own limits, which are made for strangers.
+macro_rules! bounded {
+    ($builder:expr) => {
+        $builder
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(HEADER_MAX)
+            .max_send_buffer_size(PIECE * 2)
+    };
+}
+
+/// Serves one connection to its end. `early` was read from it, `app` is a connection to the application that nobody uses yet.
+pub(super) async fn serve(
+    client: TcpStream,
+    early: BytesMut,
+    app: Option<Dialing>,
+    place: Place,
+    shared: Arc<Shared>,
+) {
+    let io = Prefixed { early, tcp: client };
+    let mut builder = h2::server::Builder::new();
+    bounded!(builder).max_concurrent_streams(STREAMS_MAX);
+    let Ok(mut connection) = builder.handshake::<_, Bytes>(io).await else {
+        return;
+    };
+    let (drivers_tx, mut drivers) = mpsc::channel(DRIVERS);
+    let peers = Arc::new(Peers {
+        place,
+        shared,
+        spare: Mutex::new(app),
+        open: Mutex::default(),
+        drivers: drivers_tx,
+    });
+    let mut tasks = JoinSet::new();
+    let mut given_up = GivenUp::default();
+    loop {
+        tokio::select! {
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, respond))) => {
+                    let peers = Arc::clone(&peers);
+                    tasks.spawn(async move {
+                        peers.stream(request, respond).await
+                    });
+                }
+                Some(Err(_)) | None => break,
+            },
+            Some(driver) = drivers.recv() => drop(tasks.spawn(driver)),
+            Some(ended) = tasks.join_next(), if !tasks.is_empty() => match ended {
+                // As the client would have seen it: no new requests, and the end of the open ones.
+                Ok(Ended::App) => connection.graceful_shutdown(),
+                Ok(Ended::Stream | Ended::Workstation) => {}
+                Ok(Ended::GivenUp) => {
+                    if given_up.one_more(Instant::now()) {
+                        tracing::debug!(peer = %place.peer, "too many streams reset by their client");
+                        connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                    }
+                }
+                Err(error) => tracing::error!(%error, "a stream's task ended abnormally"),
+            },
+        }
+    }
+}
+
+/// Which task of a connection has ended.
+#[derive(Debug)]
+enum Ended {
+    Stream,
+    /// A stream that its client reset before the answer.
+    GivenUp,
+    App,
+    Workstation,
+}
+
+/// Streams that their client reset, by the second: each one costs us and the application a request, and the client
+/// nothing (CVE-2023-44487).
+#[derive(Default)]
+struct GivenUp {
+    since: Option<Instant>,
+    number: u32,
+}
+
+/// A client whose deadlines all pass at once is still below.
+const GIVEN_UP_MAX: u32 = 2 * STREAMS_MAX;
+
+impl GivenUp {
+    /// Whether that was one too many.
+    fn one_more(&mut self, now: Instant) -> bool {
+        if self
+            .since
+            .is_none_or(|since| now.duration_since(since) > Duration::from_secs(1))
+        {
+            self.since = Some(now);
+            self.number = 0;
+        }
+        self.number += 1;
+        self.number > GIVEN_UP_MAX
+    }
+}
+
+/// Who may answer the streams of one client's connection.
+struct Peers {
+    place: Place,
+    shared: Arc<Shared>,
+    /// The first connection to the application, not spoken on yet.
+    spare: Mutex<Option<Dialing>>,
+    /// By intercept; the application's has the key [`APP`].
+    open: Mutex<HashMap<String, Opening>>,
+    /// Connections to be opened and driven beside the streams.
+    drivers: mpsc::Sender<BoxFuture<'static, Ended>>,
+}
+
+/// A connection that is up or coming up. Streams that want it at the same time wait for it together, and fail together.
+type Opening = future::Shared<BoxFuture<'static, Option<SendRequest<Bytes>>>>;
+
+/// No uid of an intercept is empty.
+const APP: &str = "";
+
+/// Connections that wait to be driven; who opens one more waits for a turn of the connection's task.
+const DRIVERS: usize = 8;
+
+/// Who answers a stream.
+#[derive(Clone, Copy)]
+enum Whose<'a> {
+    App,
+    Mine(&'a Live<Workstation>),
+}
+
+/// Who was to answer is not there.
+struct Unreachable;
+
+impl Whose<'_> {
+    fn key(&self) -> &str {
+        match self {
+            Self::App => APP,
+            Self::Mine(live) => &live.route.id,
+        }
+    }
+}
+
+impl Peers {
+    async fn stream(
+        &self,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+    ) -> Ended {
+        let (head, mut body) = request.into_parts();
+        if head.method == Method::CONNECT {
+            answer(&mut respond, StatusCode::NOT_IMPLEMENTED, "no CONNECT here");
+            return Ended::Stream;
+        }
+        let port = self.shared.book.port(self.place.listen);
+        let mut early = Vec::new();
+        let to_match = to_match(&head);
+        let decision = match decide(port.as_deref(), &to_match, None) {
+            Decision::NeedsBody => {
+                let operation = self.operation(&mut body, &mut early).await;
+                decide(port.as_deref(), &to_match, Some(&operation))
+            }
+            decided @ (Decision::App | Decision::Mine(_)) => decided,
+        };
+        let (peer, fallback, mine) = match decision {
+            Decision::Mine(live) => match self.peer(Whose::Mine(live)).await {
+                Ok(peer) => (Ok(peer), false, true),
+                Err(Unreachable) if live.route.strict => (Err(Unreachable), false, true),
+                Err(Unreachable) => (self.peer(Whose::App).await, true, false),
+            },
+            Decision::App | Decision::NeedsBody => (self.peer(Whose::App).await, false, false),
+        };
+        drop(to_match);
+        match peer {
+            Ok(peer) => {
+                let request = self.request(head);
+                let exchange = Exchange {
+                    respond,
+                    early,
+                    fallback,
+                    mine,
+                };
+                return exchange.run(peer, request, body).await;
+            }
+            Err(Unreachable) if mine => answer(&mut respond, StatusCode::BAD_GATEWAY, GONE),
+            Err(Unreachable) => respond.send_reset(Reason::REFUSED_STREAM),
+        }
+        Ended::Stream
+    }
+
+    /// Reads the body for the operation in it; a body that is too large or too slow has none.
+    async fn operation(&self, body: &mut RecvStream, early: &mut Vec<Bytes>) -> Operation {
+        let Some(_share) = self.shared.budget.take(LARGE) else {
+            return Operation::default();
+        };
+        let mut size = 0;
+        let read = async {
+            while let Some(Ok(data)) = body.data().await {
+                size += data.len();
+                let _ = body.flow_control().release_capacity(data.len());
+                early.push(data);
+                if size > BODY_MAX {
+                    return false;
+                }
+            }
+            true
+        };
+        match tokio::time::timeout(BODY_TIMEOUT, read).await {
+            Ok(true) => Operation::of_body(&early.concat()),
+            Ok(false) | Err(_) => Operation::default(),
+        }
+    }
+
+    /// The request as the next hop gets it.
+    fn request(&self, mut head: Parts) -> Request<()> {
+        let peer = self.place.peer.ip().to_canonical();
+        append_forwarded_for(&mut head, peer);
+        let mut uri = std::mem::take(&mut head.uri).into_parts();
+        let host = head.headers.get(http::header::HOST);
+        let host = host.and_then(|host| Authority::try_from(host.as_bytes()).ok());
+        let app = || Authority::try_from(self.place.app.to_string()).ok();
+        uri.authority = uri.authority.or(host).or_else(app);
+        uri.scheme = uri.scheme.or(Some(Scheme::HTTP));
+        uri.path_and_query
+            .get_or_insert(PathAndQuery::from_static("/"));
+        head.uri = Uri::from_parts(uri).unwrap_or_default();
+        head.extensions.clear();
+        Request::from_parts(head, ())
+    }
+
+    /// A connection that takes a stream now.
+    async fn peer(&self, whose: Whose<'_>) -> Result<SendRequest<Bytes>, Unreachable> {
+        // The second turn is for a connection that had ended.
+        for _ in 0..2 {
+            let opening = self.opening(whose).await?;
+            let opened = opening.clone().await;
+            let ready = match opened {
+                Some(peer) => Some(peer.ready().await),
+                None => None,
+            };
+            if let Some(Ok(ready)) = ready {
+                return Ok(ready);
+            }
+            self.forget(whose, &opening);
+            if ready.is_none() {
+                break;
+            }
+        }
+        Err(Unreachable)
+    }
+
+    async fn opening(&self, whose: Whose<'_>) -> Result<Opening, Unreachable> {
+        if let Some(opening) = self.open().get(whose.key()) {
+            return Ok(opening.clone());
+        }
+        let driver = self.drivers.reserve().await.map_err(|_| Unreachable)?;
+        Ok(match self.open().entry(whose.key().to_owned()) {
+            hash_map::Entry::Occupied(entry) => entry.get().clone(),
+            hash_map::Entry::Vacant(entry) => {
+                let (peer_tx, peer) = oneshot::channel();
+                driver.send(match whose {
+                    Whose::App => self.to_app(peer_tx),
+                    Whose::Mine(live) => self.to_workstation(live, peer_tx),
+                });
+                let opening = async { peer.await.ok() }.boxed().shared();
+                entry.insert(opening).clone()
+            }
+        })
+    }
+
+    /// Makes the next stream open anew, unless another one has done so.
+    fn forget(&self, whose: Whose<'_>, opening: &Opening) {
+        let mut open = self.open();
+        if open
+            .get(whose.key())
+            .is_some_and(|there| there.ptr_eq(opening))
+        {
+            open.remove(whose.key());
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<String, Opening>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn to_app(&self, peer: oneshot::Sender<SendRequest<Bytes>>) -> BoxFuture<'static, Ended> {
+        let address = self.place.app;
+        let spare = self
+            .spare
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        Box::pin(async move {
+            let dialed = match spare {
+                Some(spare) => spare.await,
+                None => dial(address).await,
+            };
+            match dialed {
+                Ok(tcp) => {
+                    speak(tcp, peer).await;
+                    Ended::App
+                }
+                Err(error) => {
+                    tracing::debug!(app = %address, %error, "the application does not answer");
+                    Ended::Stream
+                }
+            }
+        })
+    }
+
+    fn to_workstation(
+        &self,
+        live: &Live<Workstation>,
+        peer: oneshot::Sender<SendRequest<Bytes>>,
+    ) -> BoxFuture<'static, Ended> {
+        let (live, client) = (live.clone(), self.place.peer);
+        Box::pin(async move {
+            if let Ok(flow) = open(&live, client).await {
+                let (rx, tx) = flow.into_io();
+                speak(tokio::io::join(rx, tx), peer).await;
+            }
+            Ended::Workstation
+        })
+    }
+}
+
+/// Drives a connection of which we are the client to its end; `peer` is told once it takes streams.
+async fn speak(io: impl ByteStream, peer: oneshot::Sender<SendRequest<Bytes>>) {
+    let mut builder = h2::client::Builder::new();
+    let shaken = bounded!(builder).enable_push(false).handshake(io).await;
+    let Ok((requests, connection)) = shaken else {
+        return;
+    };
+    let _ = peer.send(requests);
+    if let Err(error) = connection.await {
+        tracing::debug!(%error, "upstream connection ended");
+    }
+}
+
+const GONE: &str = "the workstation of this intercept went away before it answered";
+
+fn to_match(head: &Parts) -> RequestHead<'_> {
+    let target = head.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    let fields = head
+        .headers
+        .iter()
+        .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+    RequestHead::new(head.method.as_str(), target.as_bytes(), fields)
+}
+
+fn append_forwarded_for(head: &mut Parts, peer: IpAddr) {
+    let last = head.headers.get_all(FORWARDED_FOR).iter().next_back();
+    let value = match last {
+        Some(value) => [value.as_bytes(), b", ", peer.to_string().as_bytes()].concat(),
+        None => peer.to_string().into_bytes(),
+    };
+    let Ok(value) = HeaderValue::from_bytes(&value) else {
+        return;
+    };
+    match head.headers.entry(FORWARDED_FOR) {
+        http::header::Entry::Vacant(entry) => drop(entry.insert(value)),
+        http::header::Entry::Occupied(mut entry) => {
+            if let Some(last) = entry.iter_mut().next_back() {
+                *last = value;
+            }
+        }
+    }
+}
+
+/// An answer of our own.
+fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode, why: &str) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    let kind = HeaderValue::from_static("text/plain");
+    response
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, kind);
+    // Fails only when the client is gone.
+    if let Ok(mut body) = respond.send_response(response, false) {
+        let _ = body.send_data(format!("tp: {why}\n").into(), true);
+    }
+}
+
+/// One stream of the client and the stream that answers it.
+struct Exchange {
+    respond: SendResponse<Bytes>,
+    /// Body that was read for a matcher.
+    early: Vec<Bytes>,
+    fallback: bool,
+    mine: bool,
+}
+
+impl Exchange {
+    async fn run(
+        mut self,
+        mut peer: SendRequest<Bytes>,
+        request: Request<()>,
+        body: RecvStream,
+    ) -> Ended {
+        let early = std::mem::take(&mut self.early);
+        let empty = body.is_end_stream() && early.is_empty();
+        let (mut response, to_peer) = match peer.send_request(request, empty) {
+            Ok(sent) => sent,
+            Err(error) => {
+                self.fail(&error);
+                return Ended::Stream;
+            }
+        };
+        let upload = async {
+            match empty {
+                true => Ok(()),
+                false => pump(early, body, to_peer).await,
+            }
+        };
+        let download = async {
+            let answered = poll_fn(|cx| self.poll_head(cx, &mut response)).await;
+            let (mut head, body) = match answered {
+                None => return Ended::GivenUp,
+                Some(Ok(response)) => response.into_parts(),
+                Some(Err(error)) => {
+                    self.fail(&error);
+                    return Ended::Stream;
+                }
+            };
+            if self.fallback {
+                let mark = HeaderValue::from_static("1");
+                head.headers.insert(FALLBACK, mark);
+            }
+            let empty = body.is_end_stream();
+            let response = Response::from_parts(head, ());
+            if let Ok(to_client) = self.respond.send_response(response, empty)
+                && !empty
+            {
+                let _ = pump(Vec::new(), body, to_client).await;
+            }
+            Ended::Stream
+        };
+        tokio::pin!(upload, download);
+        tokio::select! {
+            biased;
+            ended = &mut download => ended,
+            uploaded = &mut upload => match uploaded {
+                // The answer is complete when the download is; then the peer needs nothing more.
+                Ok(()) | Err(Pumped::Deaf) => download.await,
+                Err(Pumped::Lost) => Ended::GivenUp,
+            },
+        }
+    }
+
+    /// The answer's head, or `None` once the client has reset the stream. Interim answers are passed on.
+    fn poll_head(
+        &mut self,
+        cx: &mut Context<'_>,
+        response: &mut ResponseFuture,
+    ) -> Poll<Option<Result<Response<RecvStream>, h2::Error>>> {
+        if self.respond.poll_reset(cx).is_ready() {
+            return Poll::Ready(None);
+        }
+        while let Poll::Ready(Some(interim)) = response.poll_informational(cx) {
+            match interim {
+                // Fails only when the client is gone.
+                Ok(interim) => drop(self.respond.send_informational(interim)),
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+        }
+        response.poll_unpin(cx).map(Some)
+    }
+
+    /// The stream to who was to answer ended before its answer.
+    fn fail(&mut self, error: &h2::Error) {
+        match error.reason() {
+            Some(reason) if error.is_reset() && error.is_remote() => {
+                self.respond.send_reset(reason);
+            }
+            _ if self.mine => answer(&mut self.respond, StatusCode::BAD_GATEWAY, GONE),
+            _ => self.respond.send_reset(Reason::INTERNAL_ERROR),
+        }
+    }
+}
+
+/// Why one direction of a stream stopped before its end.
+enum Pumped {
+    /// Where the bytes went takes no more.
+    Deaf,
+    /// Where they came from is gone; the other side has been told.
+    Lost,
+}
+
+/// Moves the data and the trailers of one direction, no more than the windows of both sides allow.
+async fn pump(
+    early: Vec<Bytes>,
+    mut from: RecvStream,
+    mut to: SendStream<Bytes>,
+) -> Result<(), Pumped> {
+    for data in early {
+        send(&mut to, data, false).await?;
+    }
+    loop {
+        let data = tokio::select! {
+            biased;
+            data = from.data() => data,
+            _ = poll_fn(|cx| to.poll_reset(cx)) => return Err(Pumped::Deaf),
+        };
+        match data {
+            Some(Ok(data)) => {
+                let size = data.len();
+                let last = from.is_end_stream();
+                if size > 0 || last {
+                    send(&mut to, data, last).await?;
+                }
+                // Only now may the other side send as much again.
+                let _ = from.flow_control().release_capacity(size);
+                if last {
+                    return Ok(());
+                }
+            }
+            Some(Err(error)) => return Err(lost(&mut to, &error)),
+            None => break,
+        }
+    }
+    match from.trailers().await {
+        Ok(Some(trailers)) => to.send_trailers(trailers).map_err(|_| Pumped::Deaf),
+        Ok(None) => to.send_data(Bytes::new(), true).map_err(|_| Pumped::Deaf),
+        Err(error) => Err(lost(&mut to, &error)),
+    }
+}
+
+async fn send(to: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Result<(), Pumped> {
+    if data.is_empty() {
+        return match last {
+            true => to.send_data(data, true).map_err(|_| Pumped::Deaf),
+            false => Ok(()),
+        };
+    }
+    while !data.is_empty() {
+        to.reserve_capacity(data.len().min(PIECE));
+        let room = match to.capacity() {
+            0 => match poll_fn(|cx| to.poll_capacity(cx)).await {
+                Some(Ok(room)) => room,
+                Some(Err(_)) | None => return Err(Pumped::Deaf),
+            },
+            room => room,
+        };
+        let piece = data.split_to(room.min(data.len()));
+        if !piece.is_empty() {
+            to.send_data(piece, last && data.is_empty())
+                .map_err(|_| Pumped::Deaf)?;
+        }
+    }
+    Ok(())
+}
+
+/// A reset is passed on with its code; a lost connection is an error on the other side, never an end.
+fn lost(to: &mut SendStream<Bytes>, error: &h2::Error) -> Pumped {
+    let reason = error
+        .reason()
+        .filter(|_| error.is_reset() && error.is_remote());
+    to.send_reset(reason.unwrap_or(Reason::INTERNAL_ERROR));
+    Pumped::Lost
+}

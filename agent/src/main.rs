@@ -1,0 +1,219 @@
+//! `tp-agent`: beside a workload, in its pod.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use tokio::net::TcpListener;
+use tokio::net::unix::pipe;
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tp_agent::redirect::Redirect;
+use tp_agent::worker::{self, Destination, Inbound, Listeners, Worker};
+use tp_agent::{heartbeat, parent};
+use tp_manager_api::route_table::LEASE;
+use tp_tunnel::{Identity, KeyHash};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Routes a workload's requests to the workstations whose they are, and all others to the application.
+///
+/// Started by the manager, not by people. `TP_AGENT_SEED` holds 64 hexadecimal digits; the manager knows the key that
+/// they make.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Where the manager connects.
+    #[arg(long, value_name = "IP:PORT", default_value = "[::]:15008")]
+    control: SocketAddr,
+
+    /// Hash of the only key that may push routes.
+    #[arg(long, value_name = "sha256:…")]
+    manager_key: KeyHash,
+
+    /// Where the kernel sends connections that it redirects.
+    #[arg(long, value_name = "IP:PORT", conflicts_with = "listen")]
+    redirected: Option<SocketAddr>,
+
+    /// Listen here in place of an application. Repeatable.
+    #[arg(long, value_name = "IP:PORT=APP_IP:PORT", value_parser = in_place_of, required_unless_present = "redirected")]
+    listen: Vec<(SocketAddr, SocketAddr)>,
+
+    /// How long pushed routes hold.
+    #[arg(long, value_name = "SECONDS", default_value_t = LEASE.as_secs())]
+    lease: u64,
+
+    /// Be the worker; the parent adds it.
+    #[arg(long, hide = true)]
+    worker: bool,
+
+    /// End this process; how the parent ends a worker, which is another user's.
+    #[arg(long, hide = true, value_name = "PID")]
+    end: Option<i32>,
+}
+
+fn in_place_of(text: &str) -> Result<(SocketAddr, SocketAddr), String> {
+    let (own, app) = text
+        .split_once('=')
+        .ok_or("two addresses with a `=` between")?;
+    let address = |text: &str| text.parse().map_err(|error| format!("{text}: {error}"));
+    Ok((address(own)?, address(app)?))
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<()> {
+    if let Some(process) = arguments.end {
+        return end(process);
+    }
+    match arguments.redirected {
+        Some(address) if !arguments.worker => supervise(address.port()),
+        Some(_) | None => serve(arguments),
+    }
+}
+
+/// The parent: the rule, and a worker with the same arguments.
+fn supervise(redirected: u16) -> Result<()> {
+    let redirect = Redirect::install(redirected)
+        .context("cannot install the redirecting rule, which needs NET_ADMIN and nf_tables")?;
+    // Whatever it starts stays without privileges.
+    rustix::thread::set_no_new_privs(true).context("cannot give up new privileges")?;
+    let program = std::env::current_exe().context("where is this program?")?;
+    let worker = || {
+        let mut command = Command::new(&program);
+        command.args(std::env::args_os().skip(1)).arg("--worker");
+        command
+    };
+    let end = |process: u32| {
+        let mut command = Command::new(&program);
+        command.args(std::env::args_os().skip(1));
+        command.arg("--end").arg(process.to_string());
+        command
+    };
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("no runtime")?
+        .block_on(async {
+            let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
+            let terminated = async move {
+                terminate.recv().await;
+            };
+            parent::run(redirect, worker, end, terminated)
+                .await
+                .context("the packet filter or the worker failed")
+        })
+}
+
+fn end(process: i32) -> Result<()> {
+    let process = rustix::process::Pid::from_raw(process).context("no process")?;
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).context("cannot end it")
+}
+
+fn serve(arguments: Arguments) -> Result<()> {
+    if arguments.worker {
+        // The packet filter follows the parent; without it the worker serves nobody.
+        let signal = Some(rustix::process::Signal::KILL);
+        rustix::process::set_parent_process_death_signal(signal).context("no death signal")?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .event_interval(tp_tunnel::carrier::EVENT_INTERVAL)
+        .enable_all()
+        .build()
+        .context("no runtime")?;
+    runtime.block_on(work(arguments))
+}
+
+async fn work(arguments: Arguments) -> Result<()> {
+    let identity = identity()?;
+    let control = bind(arguments.control).await?;
+    let mut inbound = Vec::new();
+    if let Some(address) = arguments.redirected {
+        inbound.push(Inbound {
+            socket: bind(address).await?,
+            destination: Destination::Redirected,
+        });
+    }
+    for (own, app) in arguments.listen {
+        inbound.push(Inbound {
+            socket: bind(own).await?,
+            destination: Destination::App(app),
+        });
+    }
+    for listener in &inbound {
+        tracing::info!(address = ?listener.socket.local_addr().ok(), "inbound");
+    }
+    tracing::info!(address = ?control.local_addr().ok(), key = %identity.key_hash(), "control");
+    let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
+    let (redirected_tx, redirected) = watch::channel(Vec::new());
+    let parent = match arguments.worker {
+        true => Some(input().context("the parent's pipe is missing")?),
+        false => None,
+    };
+    let stopped = async move {
+        let parent = async {
+            match parent {
+                Some(pipe) => heartbeat::hear(pipe, redirected_tx).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            () = parent => {}
+        }
+    };
+    let worker = Worker {
+        listeners: Listeners { inbound, control },
+        identity,
+        manager: arguments.manager_key,
+        lease: Duration::from_secs(arguments.lease),
+        redirected: arguments.worker.then_some(redirected),
+    };
+    let served = worker::serve(worker, heartbeat::beat_to(std::io::stdout()), stopped);
+    served.await.context("the parent is gone")
+}
+
+/// The pipe from the parent.
+fn input() -> std::io::Result<pipe::Receiver> {
+    pipe::Receiver::from_owned_fd(std::io::stdin().as_fd().try_clone_to_owned()?)
+}
+
+/// All addresses of IPv6 stand for those of IPv4 too, and for them alone where there is no IPv6.
+async fn bind(address: SocketAddr) -> Result<TcpListener> {
+    let bound = match TcpListener::bind(address).await {
+        Err(error)
+            if address.ip() == Ipv6Addr::UNSPECIFIED
+                && error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) =>
+        {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
+    };
+    bound.with_context(|| format!("cannot listen on {address}"))
+}
+
+fn identity() -> Result<Identity> {
+    let seed = std::env::var("TP_AGENT_SEED").context("TP_AGENT_SEED is not set")?;
+    Identity::from_seed(&seed).context("TP_AGENT_SEED is no seed")
+}

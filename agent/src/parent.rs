@@ -1,0 +1,185 @@
+//! The process that may change the packet filter. It reads nothing from the network: the worker says which ports want
+//! traffic, twice a second, and as long as it does the rule is refreshed.
+//!
+//! The worker runs as another user without capabilities, and the parent cannot signal it (that would be one capability
+//! more): closing its standard input asks it to stop, and a worker that does not answer is ended by a process of its own
+//! user.
+
+use std::collections::VecDeque;
+use std::io;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+
+use crate::heartbeat::{line, next};
+use crate::redirect::Redirect;
+
+/// User and group of the worker; no account of any image.
+pub const WORKER: u32 = 65532;
+
+/// A worker that has said nothing for so long has failed.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// A worker that ends so often within [`CRASH_WINDOW`] is not started again.
+const CRASHES_MAX: usize = 5;
+
+const CRASH_WINDOW: Duration = Duration::from_secs(60);
+
+/// Before a worker is started again.
+const REST: Duration = Duration::from_millis(200);
+
+/// How long a worker may take to stop, its drain included.
+const STOP: Duration = Duration::from_secs(25);
+
+/// Keeps a worker running and the rule true, until `shutdown`. `worker` makes the command line of one.
+pub async fn run(
+    mut redirect: Redirect,
+    worker: impl Fn() -> Command,
+    end: impl Fn(u32) -> Command,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    tokio::pin!(shutdown);
+    let mut crashes = Crashes::default();
+    loop {
+        let mut child = start(worker())?;
+        // Waiting for a child closes its input, which would ask it to stop.
+        let mut input = child.stdin.take();
+        let mut lines = child.stdout.take().map(BufReader::new);
+        let pipes = input.as_mut().zip(lines.as_mut());
+        let stopped = tokio::select! {
+            () = &mut shutdown => true,
+            why = follow(&mut child, pipes, &mut redirect) => {
+                tracing::error!("worker failed: {why}");
+                false
+            }
+        };
+        // First of all, new connections go to the application.
+        redirect.refresh(&[])?;
+        match stopped {
+            true => {
+                stop(&mut child, input, &end).await;
+                return redirect.remove();
+            }
+            false => end_now(&mut child, &end).await,
+        }
+        if crashes.one_more(Instant::now()) {
+            tracing::error!("the worker fails again and again; nothing is redirected any more");
+            shutdown.await;
+            return redirect.remove();
+        }
+        tokio::select! {
+            () = &mut shutdown => return redirect.remove(),
+            () = tokio::time::sleep(REST) => {}
+        }
+    }
+}
+
+fn start(mut command: Command) -> io::Result<Child> {
+    if rustix::process::geteuid().is_root() {
+        command.uid(WORKER).gid(WORKER);
+    }
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+}
+
+/// Refreshes the rule with what the worker says, and tells it when that has changed. Returns when the worker has failed,
+/// and why.
+async fn follow(
+    child: &mut Child,
+    pipes: Option<(&mut ChildStdin, &mut BufReader<ChildStdout>)>,
+    redirect: &mut Redirect,
+) -> String {
+    let Some((input, lines)) = pipes else {
+        return "it has no pipes".to_owned();
+    };
+    // Nothing is redirected before the first word.
+    let mut redirected = Vec::new();
+    loop {
+        let word = tokio::select! {
+            ended = child.wait() => return ended_by(ended),
+            word = tokio::time::timeout(SILENCE, next(lines)) => word,
+        };
+        let ports = match word {
+            Err(_) => return format!("it was silent for {SILENCE:?}"),
+            Ok(Err(error)) => return error.to_string(),
+            Ok(Ok(ports)) => ports,
+        };
+        if ports.is_empty() && redirected.is_empty() {
+            continue;
+        }
+        if let Err(error) = redirect.refresh(&ports) {
+            return format!("the packet filter refused: {error}");
+        }
+        if ports != redirected {
+            let word = line(&ports);
+            let told = input.write_all(word.as_bytes());
+            match tokio::time::timeout(SILENCE, told).await {
+                Ok(Ok(())) => redirected = ports,
+                Ok(Err(_)) | Err(_) => return "it does not listen".to_owned(),
+            }
+        }
+    }
+}
+
+fn ended_by(ended: io::Result<ExitStatus>) -> String {
+    ended.map_or_else(|error| error.to_string(), |status| status.to_string())
+}
+
+/// Asks the worker to stop, and ends it when it does not.
+async fn stop(child: &mut Child, input: Option<ChildStdin>, end: &impl Fn(u32) -> Command) {
+    drop(input);
+    if tokio::time::timeout(STOP, child.wait()).await.is_err() {
+        end_now(child, end).await;
+    }
+}
+
+async fn end_now(child: &mut Child, end: &impl Fn(u32) -> Command) {
+    let Some(id) = child.id() else {
+        return;
+    };
+    // Allowed where the worker is our own user; else a process of its user does it.
+    if child.start_kill().is_err() {
+        let ended = start(end(id)).map(|mut helper| async move { helper.wait().await });
+        match ended {
+            Ok(waiting) => drop(waiting.await),
+            Err(error) => tracing::error!(%error, "cannot end the worker"),
+        }
+    }
+    if tokio::time::timeout(SILENCE, child.wait()).await.is_err() {
+        tracing::error!("the worker does not end");
+    }
+}
+
+/// The last ends of workers.
+#[derive(Default)]
+struct Crashes(VecDeque<Instant>);
+
+impl Crashes {
+    /// Whether that was one too many.
+    fn one_more(&mut self, now: Instant) -> bool {
+        self.0.push_back(now);
+        self.0
+            .retain(|then| now.duration_since(*then) < CRASH_WINDOW);
+        self.0.len() >= CRASHES_MAX
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn five_crashes_in_a_minute_are_too_many_and_slow_ones_are_not() {
+        let start = Instant::now();
+        let mut fast = Crashes::default();
+        assert!((0..4).all(|_| !fast.one_more(start)));
+        assert!(fast.one_more(start));
+        let mut slow = Crashes::default();
+        assert!((0..50).all(|n| !slow.one_more(start + Duration::from_secs(16 * n))));
+    }
+}

@@ -1,0 +1,264 @@
+//! The process that parses traffic. It has no capability and listens on few ports; what it is told, it is told by the
+//! manager.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::task::JoinSet;
+use tp_tunnel::{Identity, KeyHash};
+
+use crate::book::Book;
+use crate::budget::{Budget, Share};
+use crate::front::{self, Place, Shared};
+use crate::workstation;
+
+/// How often the worker tells its parent that it works.
+pub const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// How long open connections may go on after a stop.
+const DRAIN: Duration = Duration::from_secs(20);
+
+/// Managers that speak at a time; more are strangers trying keys.
+const MANAGERS_MAX: usize = 64;
+
+/// What a worker listens on.
+#[derive(Debug)]
+pub struct Listeners {
+    /// Connections of the application's clients.
+    pub inbound: Vec<Inbound>,
+    /// The manager.
+    pub control: TcpListener,
+}
+
+/// A port where clients of the application arrive.
+#[derive(Debug)]
+pub struct Inbound {
+    /// Bound socket.
+    pub socket: TcpListener,
+    /// Where its connections wanted to go.
+    pub destination: Destination,
+}
+
+/// How a connection's destination is found.
+#[derive(Clone, Copy, Debug)]
+pub enum Destination {
+    /// The kernel redirected it and remembers.
+    Redirected,
+    /// They connected to the agent on purpose, which stands for this application.
+    App(SocketAddr),
+}
+
+/// All that a worker is told when it starts.
+#[derive(Debug)]
+pub struct Worker {
+    /// Where it listens.
+    pub listeners: Listeners,
+    /// Its key; the manager expects it.
+    pub identity: Identity,
+    /// The only key that may push routes.
+    pub manager: KeyHash,
+    /// How long pushed routes hold.
+    pub lease: Duration,
+    /// The ports that the kernel redirects here, as the parent says; `None` where nobody redirects.
+    pub redirected: Option<watch::Receiver<Vec<u16>>>,
+}
+
+/// Serves until `shutdown`, then lets connections end for a while. `beat` is told the ports that want traffic, twice a
+/// second and whenever they change.
+pub async fn serve(
+    worker: Worker,
+    mut beat: impl FnMut(&[u16]) -> io::Result<()>,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let Worker {
+        listeners,
+        identity,
+        manager,
+        lease,
+        redirected,
+    } = worker;
+    let shared = Arc::new(Shared {
+        book: Book::new(lease),
+        budget: Budget::default(),
+        changed: Notify::new(),
+        redirected,
+    });
+    let (stop_tx, stop) = watch::channel(false);
+    let mut accepting = JoinSet::new();
+    for inbound in listeners.inbound {
+        accepting.spawn(accept_inbound(inbound, Arc::clone(&shared), stop.clone()));
+    }
+    accepting.spawn(accept_managers(
+        listeners.control,
+        identity,
+        manager,
+        Arc::clone(&shared),
+        stop,
+    ));
+    let mut ticks = tokio::time::interval(HEARTBEAT);
+    tokio::pin!(shutdown);
+    loop {
+        tokio::select! {
+            () = &mut shutdown => break,
+            () = shared.changed.notified() => beat(&wanted(&shared))?,
+            _ = ticks.tick() => {
+                shared.book.expire(Instant::now());
+                beat(&wanted(&shared))?;
+            }
+            Some(ended) = accepting.join_next() => report_panic(ended),
+        }
+    }
+    // Nothing new from the kernel, then the end of what is there.
+    beat(&[])?;
+    stop_tx.send_replace(true);
+    while let Some(ended) = accepting.join_next().await {
+        report_panic(ended);
+    }
+    Ok(())
+}
+
+/// The ports whose new connections are to come here.
+fn wanted(shared: &Shared) -> Vec<u16> {
+    match shared.budget.is_strained() {
+        // They go to the application by themselves then.
+        true => Vec::new(),
+        false => shared.book.ports(),
+    }
+}
+
+async fn accept_inbound(inbound: Inbound, shared: Arc<Shared>, mut stop: watch::Receiver<bool>) {
+    let own = inbound.socket.local_addr();
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stopping(&mut stop) => break,
+            Some(ended) = connections.join_next(), if !connections.is_empty() => report_panic(ended),
+            accepted = accept(&inbound.socket, &shared) => {
+                let Some((tcp, peer, share)) = accepted else { continue };
+                match place(&tcp, peer, inbound.destination, own.as_ref().ok()) {
+                    Ok(place) => {
+                        let serving = front::connection(tcp, place, Arc::clone(&shared));
+                        connections.spawn(async move {
+                            let _share = share;
+                            serving.await;
+                        });
+                    }
+                    Err(error) => tracing::debug!(%peer, %error, "connection refused"),
+                }
+            }
+        }
+    }
+    drop(inbound.socket);
+    let drained = async {
+        while let Some(ended) = connections.join_next().await {
+            report_panic(ended);
+        }
+    };
+    // What is left is reset.
+    let _ = tokio::time::timeout(DRAIN, drained).await;
+}
+
+/// The next connection that there is a place for; others wait in the kernel.
+async fn accept(socket: &TcpListener, shared: &Shared) -> Option<(TcpStream, SocketAddr, Share)> {
+    match socket.accept().await {
+        Ok((tcp, peer)) => match shared.budget.connection() {
+            Some(share) => Some((tcp, peer, share)),
+            None => {
+                crate::upstream::reset_on_close(&tcp);
+                None
+            }
+        },
+        Err(error) => {
+            tracing::warn!(%error, "cannot accept a connection");
+            // Out of descriptors, it fails at once and for as long as they are.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            None
+        }
+    }
+}
+
+fn place(
+    tcp: &TcpStream,
+    peer: SocketAddr,
+    destination: Destination,
+    own: Option<&SocketAddr>,
+) -> io::Result<Place> {
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    match destination {
+        Destination::App(app) => Ok(Place {
+            peer,
+            listen: tcp.local_addr()?.port(),
+            app,
+        }),
+        Destination::Redirected => {
+            let app = original_destination(tcp)?;
+            // Nobody redirected it: to dial it would be to dial ourselves, for ever.
+            if own.is_none_or(|own| own.port() == app.port()) {
+                return Err(io::Error::other("it was not redirected"));
+            }
+            Ok(Place {
+                peer,
+                listen: app.port(),
+                app,
+            })
+        }
+    }
+}
+
+/// Where a redirected connection wanted to go (`SO_ORIGINAL_DST`).
+fn original_destination(tcp: &TcpStream) -> io::Result<SocketAddr> {
+    let is_v4 = matches!(tcp.peer_addr()?.ip().to_canonical(), IpAddr::V4(_));
+    Ok(match is_v4 {
+        true => rustix::net::sockopt::ip_original_dst(tcp)?.into(),
+        false => rustix::net::sockopt::ipv6_original_dst(tcp)?.into(),
+    })
+}
+
+async fn accept_managers(
+    socket: TcpListener,
+    identity: Identity,
+    manager: KeyHash,
+    shared: Arc<Shared>,
+    mut stop: watch::Receiver<bool>,
+) {
+    let mut connections = JoinSet::new();
+    let (drain, stopped) = oneshot::channel::<()>();
+    let stopped = futures::FutureExt::shared(async move { drop(stopped.await) });
+    loop {
+        tokio::select! {
+            () = stopping(&mut stop) => break,
+            Some(ended) = connections.join_next(), if !connections.is_empty() => report_panic(ended),
+            accepted = socket.accept(), if connections.len() < MANAGERS_MAX => match accepted {
+                Ok((tcp, _)) => {
+                    let (identity, shared) = (identity.clone(), Arc::clone(&shared));
+                    let stopped = stopped.clone();
+                    connections.spawn(async move {
+                        workstation::serve(tcp, &identity, manager, shared, stopped).await;
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a manager");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            },
+        }
+    }
+    drop((socket, drain));
+    let drained = async { while connections.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(DRAIN, drained).await;
+}
+
+async fn stopping(stop: &mut watch::Receiver<bool>) {
+    // An error means that the worker is gone, which is a stop too.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+fn report_panic(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "a connection's task ended abnormally");
+    }
+}

@@ -1,0 +1,163 @@
+//! The connection that the manager dials: routes come in, matched requests go out on the streams it posts.
+//!
+//! The agent is the serving side of a tunnel. It reaches nothing for the manager: every request to dial is refused.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{Method, Request, Response, StatusCode};
+use tokio::net::{TcpStream, UdpSocket};
+use tp_manager_api::RouteTable;
+use tp_manager_api::route_table::ROUTES_PATH;
+use tp_tunnel::carrier::tls::accept_tls;
+use tp_tunnel::server::serve_with;
+use tp_tunnel::{
+    DialError, DialErrorKind, Dialed, Identity, KeyHash, Service, Settings, Target, Workstation,
+};
+
+use crate::front::Shared;
+
+/// Path of the probe: `{"version", "ports"}` as the agent sees them.
+pub const HEALTH_PATH: &str = "/v1/health";
+
+/// A manager that pings every second and is silent for so long is gone; its workstations' requests fail then.
+const PEER_SILENCE: Duration = Duration::from_secs(3);
+
+/// How long the parent may take to let the kernel redirect a port.
+const REDIRECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Limits of the connection: the windows are smaller than a workstation's, since they are part of the agent's memory.
+pub fn settings() -> Settings {
+    Settings {
+        peer_silence: PEER_SILENCE,
+        window_min: 256 << 10,
+        window_max: 1 << 20,
+        held_max: 8 << 20,
+        ..Settings::default()
+    }
+}
+
+/// Speaks with whoever holds the manager's key, until the connection or `shutdown` ends it. Others get no byte.
+pub async fn serve(
+    tcp: TcpStream,
+    identity: &Identity,
+    manager: KeyHash,
+    shared: Arc<Shared>,
+    shutdown: impl Future<Output = ()>,
+) {
+    static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+    if let Err(error) = tp_tunnel::carrier::tune(&tcp) {
+        tracing::debug!(%error, "cannot set socket options");
+    }
+    let (stream, key) = match accept_tls(tcp, identity).await {
+        Ok(accepted) => accepted,
+        Err(error) => {
+            tracing::warn!(%error, "a peer without TLS was refused");
+            return;
+        }
+    };
+    if key != manager {
+        tracing::warn!(%key, "a peer that is not the manager was refused");
+        return;
+    }
+    let service = Arc::new(Agent {
+        connection: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
+        workstation: OnceLock::new(),
+        shared,
+    });
+    tracing::info!(connection = service.connection, "manager connected");
+    let ended = serve_with(stream, service, settings(), shutdown).await;
+    tracing::info!(?ended, "manager disconnected");
+}
+
+/// One connection of a manager.
+struct Agent {
+    connection: u64,
+    /// Where its intercepts' requests go.
+    workstation: OnceLock<Workstation>,
+    shared: Arc<Shared>,
+}
+
+impl Agent {
+    async fn put_routes(&self, body: &[u8]) -> Response<Bytes> {
+        let ports = match self.push(body) {
+            Ok(ports) => ports,
+            Err(why) => return status(StatusCode::BAD_REQUEST, why.into()),
+        };
+        self.shared.changed.notify_one();
+        match self.shared.reaches(&ports, REDIRECT_TIMEOUT).await {
+            true => status(StatusCode::NO_CONTENT, Bytes::new()),
+            false => status(
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("the kernel did not redirect the ports within {REDIRECT_TIMEOUT:?}").into(),
+            ),
+        }
+    }
+
+    /// Takes a table; returns its intercepted ports.
+    fn push(&self, body: &[u8]) -> Result<Vec<u16>, String> {
+        let table: RouteTable = serde_json::from_slice(body).map_err(|error| error.to_string())?;
+        table.check().map_err(|error| error.to_string())?;
+        let workstation = self.workstation.get().cloned();
+        let workstation = workstation.ok_or("not connected yet")?;
+        let wanted = table
+            .ports
+            .iter()
+            .filter(|port| !port.intercepts.is_empty());
+        let ports = wanted.map(|port| port.listen).collect();
+        let book = &self.shared.book;
+        book.push(self.connection, table, workstation, Instant::now());
+        Ok(ports)
+    }
+
+    async fn answer(&self, request: &Request<Bytes>) -> Response<Bytes> {
+        match (request.uri().path(), request.method()) {
+            (ROUTES_PATH, &Method::PUT) => self.put_routes(request.body()).await,
+            (HEALTH_PATH, &Method::GET) => {
+                let health = serde_json::json!({
+                    "version": env!("CARGO_PKG_VERSION"),
+                    "ports": self.shared.book.ports(),
+                });
+                status(StatusCode::OK, health.to_string().into())
+            }
+            (ROUTES_PATH | HEALTH_PATH, _) => status(StatusCode::METHOD_NOT_ALLOWED, Bytes::new()),
+            _ => status(StatusCode::NOT_FOUND, Bytes::new()),
+        }
+    }
+}
+
+fn status(code: StatusCode, body: Bytes) -> Response<Bytes> {
+    let mut response = Response::new(body);
+    *response.status_mut() = code;
+    response
+}
+
+impl Service for Agent {
+    fn dial(&self, _: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
+        Box::pin(async { Err(nothing_to_reach()) })
+    }
+
+    fn associate(&self, _: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>> {
+        Box::pin(async { Err(nothing_to_reach()) })
+    }
+
+    fn resolve(&self, _: Bytes) -> BoxFuture<'_, Bytes> {
+        Box::pin(async { Bytes::new() })
+    }
+
+    fn control(&self, request: Request<Bytes>) -> BoxFuture<'_, Response<Bytes>> {
+        Box::pin(async move { self.answer(&request).await })
+    }
+
+    fn connected(&self, workstation: Workstation) {
+        // Told once.
+        let _ = self.workstation.set(workstation);
+    }
+}
+
+fn nothing_to_reach() -> DialError {
+    DialError::new(DialErrorKind::Forbidden, "an agent dials for nobody")
+}

@@ -1,0 +1,296 @@
+//! The packet filter's rule in a network namespace of its own: who is redirected, and what is left when everything dies.
+
+#![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
+
+mod common;
+
+use std::fs::{self, File, Permissions};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Client, SEED, ada, server, workstation};
+use http::{Method, StatusCode};
+use serde_json::json;
+use tokio::net::TcpStream;
+use tp_tunnel::carrier::tls::connect_tls;
+use tp_tunnel::{Identity, Tunnel};
+
+const APP: &str = "
+import http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def do_GET(self):
+        body = f'app for {self.headers.get(\"x-forwarded-for\")} from {self.client_address[0]}'.encode()
+        self.send_response(200)
+        self.send_header('content-length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(('10.77.0.2', 8080), Handler).serve_forever()
+";
+
+/// Two namespaces with a wire between them, and what runs in the pod's. Dropping it leaves nothing behind.
+struct Pod {
+    name: String,
+    children: Vec<Child>,
+    /// The agent, where the worker's user may execute it.
+    image: tempfile::TempDir,
+}
+
+impl Pod {
+    fn new(name: &str) -> Self {
+        let name = format!("tp-{name}-{}", std::process::id());
+        let (pod, client) = (format!("{name}-p"), format!("{name}-c"));
+        let everybody = Permissions::from_mode(0o755);
+        let mut image = tempfile::Builder::new();
+        let image = image.permissions(everybody.clone()).tempdir().unwrap();
+        let program = image.path().join("tp-agent");
+        fs::copy(env!("CARGO_BIN_EXE_tp-agent"), &program).unwrap();
+        fs::set_permissions(program, everybody).unwrap();
+        let made = Self {
+            name,
+            children: Vec::new(),
+            image,
+        };
+        for line in [
+            format!("netns add {pod}"),
+            format!("netns add {client}"),
+            format!("-n {pod} link add eth0 type veth peer name eth0 netns {client}"),
+            format!("-n {pod} address add 10.77.0.2/24 dev eth0"),
+            format!("-n {client} address add 10.77.0.1/24 dev eth0"),
+            format!("-n {pod} link set eth0 up"),
+            format!("-n {client} link set eth0 up"),
+            format!("-n {pod} link set lo up"),
+            format!("-n {client} link set lo up"),
+        ] {
+            let status = Command::new("ip").args(line.split(' ')).status().unwrap();
+            assert!(status.success(), "ip {line}");
+        }
+        made
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &format!("{}-p", self.name), program]);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn start(&mut self, mut command: Command) -> u32 {
+        let child = command.spawn().unwrap();
+        let id = child.id();
+        self.children.push(child);
+        id
+    }
+
+    fn start_app(&mut self) {
+        let mut python = self.command("python3");
+        python.args(["-c", APP]);
+        self.start(python);
+    }
+
+    fn start_agent(&mut self, manager: &Identity) -> u32 {
+        let program = self.image.path().join("tp-agent");
+        let mut agent = self.command(program.to_str().unwrap());
+        agent
+            .env("TP_AGENT_SEED", SEED)
+            .args(["--control", "[::]:15008", "--redirected", "[::]:15006"])
+            .args(["--manager-key", &manager.key_hash().to_string()]);
+        self.start(agent)
+    }
+
+    fn rules(&self) -> String {
+        let output = self
+            .command("nft")
+            .args(["list", "ruleset"])
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// This thread is a client of the pod from now on.
+    fn enter_as_client(&self) {
+        let namespace = File::open(format!("/run/netns/{}-c", self.name)).unwrap();
+        let kind = Some(rustix::thread::LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), kind)
+            .unwrap();
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for end in ["p", "c"] {
+            let name = format!("{}-{end}", self.name);
+            let _ = Command::new("ip").args(["netns", "delete", &name]).status();
+        }
+    }
+}
+
+const WEB: &str = "10.77.0.2:8080";
+
+/// The body of one answer on a new connection, unless that fails.
+async fn get(fields: &str) -> std::io::Result<String> {
+    let address: SocketAddr = WEB.parse().unwrap();
+    let tcp = TcpStream::connect(address).await?;
+    let mut client = Client::over(tcp);
+    client
+        .try_send(&format!(
+            "GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n{fields}\r\n"
+        ))
+        .await?;
+    let all = client.rest().await?;
+    match all.split_once("\r\n\r\n") {
+        Some((_, body)) if !body.is_empty() => Ok(body.to_owned()),
+        _ => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+async fn until(what: &str, limit: Duration, condition: impl AsyncFn() -> bool) -> Duration {
+    let start = Instant::now();
+    while !condition().await {
+        assert!(start.elapsed() < limit, "not within {limit:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    start.elapsed()
+}
+
+/// Dials the agent as its manager does, pushes the route of ada and takes flows for the local address.
+async fn manage(manager: &Identity, local: SocketAddr) -> Tunnel {
+    let pinned = Identity::from_seed(SEED).unwrap().key_hash();
+    let control: SocketAddr = "10.77.0.2:15008".parse().unwrap();
+    until("the agent listens", Duration::from_secs(10), async || {
+        TcpStream::connect(control).await.is_ok()
+    })
+    .await;
+    let tcp = TcpStream::connect(control).await.unwrap();
+    let tls = connect_tls(tcp, manager, &pinned).await.unwrap();
+    let (tunnel, driver) = Tunnel::establish(tls).await.unwrap();
+    tokio::spawn(driver);
+    tokio::spawn(workstation(tunnel.clone(), local));
+    let table = json!({"ports": [{"listen": 8080, "app": 8080, "intercepts": ada(false)}]});
+    let answer = tunnel
+        .control(Method::PUT, "/v1/routes", table.to_string().into())
+        .await
+        .unwrap();
+    assert_eq!(answer.status(), StatusCode::NO_CONTENT);
+    tunnel
+}
+
+fn worker_of(parent: u32) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
+    children.split_whitespace().next()?.parse().ok()
+}
+
+fn kill(process: u32) {
+    let process = rustix::process::Pid::from_raw(process.try_into().unwrap()).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+}
+
+const ADA: &str = common::ADA;
+const DIRECT: &str = "app for None from 10.77.0.1";
+const ROUTED: &str = "app for 10.77.0.1 from 10.77.0.2";
+
+#[test]
+fn what_is_redirected_fails_open_whatever_dies() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: network namespaces need root");
+        return;
+    }
+    let mut pod = Pod::new("agent");
+    pod.enter_as_client();
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(redirected(&mut pod));
+}
+
+async fn redirected(pod: &mut Pod) {
+    let second = Duration::from_secs(1);
+    pod.start_app();
+    until("the application answers", 10 * second, async || {
+        get("").await.is_ok()
+    })
+    .await;
+    assert_eq!(get("").await.unwrap(), DIRECT);
+
+    // Installed and without routes, nothing changes.
+    let (manager, local) = (Identity::generate(), server("local").await);
+    let agent = pod.start_agent(&manager);
+    let tunnel = manage(&manager, local.address).await;
+    // From the moment the push is answered.
+    assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
+    assert_eq!(get("").await.unwrap(), ROUTED);
+    assert!(
+        pod.rules().contains("tcp dport @live redirect to :15006"),
+        "{}",
+        pod.rules()
+    );
+
+    // Who parses traffic may do nothing else.
+    let worker = worker_of(agent).unwrap();
+    let status = fs::read_to_string(format!("/proc/{worker}/status")).unwrap();
+    for line in [
+        "Uid:\t65532\t65532\t65532\t65532",
+        "CapEff:\t0000000000000000",
+        "CapPrm:\t0000000000000000",
+        "NoNewPrivs:\t1",
+    ] {
+        assert!(status.contains(line), "{line}\n{status}");
+    }
+
+    // The worker alone: the parent removes the ports at once and starts another.
+    kill(worker);
+    let gap = until("the application answers", 3 * second, async || {
+        get("").await.is_ok_and(|body| body == DIRECT)
+    })
+    .await;
+    eprintln!("worker killed: {gap:?} until the application answered");
+    until("there is a new worker", 5 * second, async || {
+        worker_of(agent).is_some_and(|new| new != worker)
+    })
+    .await;
+    drop(tunnel);
+    let tunnel = manage(&manager, local.address).await;
+    assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
+
+    // Every process: the kernel forgets the ports by itself.
+    let worker = worker_of(agent).unwrap();
+    kill(agent);
+    let _ = rustix::process::kill_process(
+        rustix::process::Pid::from_raw(worker.try_into().unwrap()).unwrap(),
+        rustix::process::Signal::KILL,
+    );
+    let gap = until(
+        "the application answers",
+        Duration::from_millis(3200),
+        async || get("").await.is_ok_and(|body| body == DIRECT),
+    )
+    .await;
+    eprintln!("everything killed: {gap:?} until the application answered");
+    assert_eq!(get(ADA).await.unwrap(), DIRECT);
+    drop(tunnel);
+
+    // A new agent takes over, and takes everything with it when it is told to end.
+    let agent = pod.start_agent(&manager);
+    let _tunnel = manage(&manager, local.address).await;
+    assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
+    let process = rustix::process::Pid::from_raw(agent.try_into().unwrap()).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
+    until("the application answers", 3 * second, async || {
+        get("").await.is_ok_and(|body| body == DIRECT)
+    })
+    .await;
+    until("no rule is left", 30 * second, async || {
+        pod.rules().is_empty()
+    })
+    .await;
+}
