@@ -1,6 +1,7 @@
 #!/bin/bash
 # Installs the Debian packages that the integration tests use, or those it is given, where they are missing. Starts no
-# service. They are clients and tools only; the servers that tests talk to run in the cluster (cluster/build-servers.sh).
+# service. They are clients and tools, and nginx for the agent; other servers that tests talk to run in the cluster
+# (cluster/build-servers.sh).
 set -eu
 packages=(
   acl curl jq netcat-openbsd iproute2 nftables socat   # plumbing
@@ -12,6 +13,7 @@ packages=(
   debootstrap                                          # cluster/build-servers.sh
   openssh-client openssh-server git iperf3             # developers' tools, and their servers in the cluster
   iputils-ping nodejs                                  # more programs under tp run
+  nginx-light python3-grpcio python3-websockets        # servers and clients on either side of an agent
 )
 [ $# = 0 ] || packages=("$@")
 missing=()
