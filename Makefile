@@ -28,8 +28,8 @@ test: packages cluster binaries image test-only ## installs what tests need, bri
 test-only: ## the tests alone; everything must be built
 	@tests/run.sh
 
-binaries: ## tp and tp-manager as static release binaries, and the tests' own tools
-	cargo build --locked $(STATIC) -p tp -p tp-manager -p tp-tests --bins
+binaries: ## tp, tp-manager and tp-agent as static release binaries, and the tests' own tools
+	cargo build --locked $(STATIC) -p tp -p tp-manager -p tp-agent -p tp-tests --bins
 	@echo 'programs: $(TP_BIN_DIR)'
 
 image: binaries ## the manager's image, as target/image/tp.tar
