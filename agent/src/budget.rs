@@ -14,9 +14,6 @@ pub const CONNECTIONS: usize = 1024;
 /// What one HTTP/1 exchange is charged: a buffer for each direction and their heads.
 pub const EXCHANGE: usize = 48 << 10;
 
-/// What one HTTP/2 connection is charged: the windows that we grant, towards both sides.
-pub const CONNECTION: usize = 768 << 10;
-
 /// What a head that is larger than usual, or a body that is looked into, is charged beside it.
 pub const LARGE: usize = 128 << 10;
 

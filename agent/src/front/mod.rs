@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tp_tunnel::{Flow, NotOpened, Workstation};
@@ -72,7 +72,7 @@ pub async fn connection(client: TcpStream, mut place: Place, shared: Arc<Shared>
         place.app.set_port(port.app);
     }
     match need(port.as_deref()) {
-        Need::App => to_app(client, place, None, &[]).await,
+        Need::App => to_app(client, place, None, BytesMut::new()).await,
         Need::Mine(live) => unfiltered(client, place, live, None, BytesMut::new()).await,
         Need::Protocol => {
             let first = match first_bytes(&client, place).await {
@@ -83,11 +83,11 @@ pub async fn connection(client: TcpStream, mut place: Place, shared: Arc<Shared>
             match speaks {
                 Protocol::Opaque => unparsed_connection(client, place, port, app, bytes).await,
                 Protocol::Http1 => http1::serve(client, bytes, app, place, &shared).await,
-                Protocol::Http2 => match shared.budget.take(crate::budget::CONNECTION) {
+                Protocol::Http2 => match shared.budget.take(http2::CHARGE) {
                     Some(_share) => {
                         http2::serve(client, bytes, app, place, Arc::clone(&shared)).await;
                     }
-                    None => to_app(client, place, app, &bytes).await,
+                    None => to_app(client, place, app, bytes).await,
                 },
             }
         }
@@ -178,7 +178,7 @@ async fn unparsed_connection(
 ) {
     match unparsed(port.as_deref()) {
         Some(live) => unfiltered(client, place, live, app, bytes).await,
-        None => to_app(client, place, app, &bytes).await,
+        None => to_app(client, place, app, bytes).await,
     }
 }
 
@@ -191,20 +191,20 @@ async fn unfiltered(
     bytes: BytesMut,
 ) {
     match open(live, place.peer).await {
-        Ok(flow) => opaque::to_workstation(client, flow, bytes.freeze(), &[]).await,
+        Ok(flow) => opaque::to_workstation(client, flow, bytes.freeze(), Bytes::new()).await,
         Err(_) if live.route.strict => reset_on_close(&client),
-        Err(_) => to_app(client, place, app, &bytes).await,
+        Err(_) => to_app(client, place, app, bytes).await,
     }
 }
 
 /// A whole connection for the application. Where it refuses, the client is reset: nobody has answered it.
-async fn to_app(client: TcpStream, place: Place, app: Option<Dialing>, bytes: &[u8]) {
+async fn to_app(client: TcpStream, place: Place, app: Option<Dialing>, bytes: BytesMut) {
     let app = match app {
         Some(app) => app.await,
         None => dial(place.app).await,
     };
     match app {
-        Ok(app) => opaque::to_app(client, app, bytes, &[]).await,
+        Ok(app) => opaque::to_app(client, app, bytes.freeze(), Bytes::new()).await,
         Err(error) => {
             tracing::debug!(app = %place.app, %error, "the application does not answer");
             reset_on_close(&client);

@@ -16,10 +16,12 @@ const PIECE: usize = 16 * 1024;
 
 /// Moves bytes between a client and the application until both directions have ended. `early` was read from the client
 /// already, `answer` from the application.
-pub(crate) async fn to_app(mut client: TcpStream, mut app: TcpStream, early: &[u8], answer: &[u8]) {
+pub(crate) async fn to_app(mut client: TcpStream, mut app: TcpStream, early: Bytes, answer: Bytes) {
     let moved = async {
-        app.write_all(early).await?;
-        client.write_all(answer).await?;
+        app.write_all(&early).await?;
+        client.write_all(&answer).await?;
+        // The connection may go on for days.
+        drop((early, answer));
         let ((client_rx, client_tx), (app_rx, app_tx)) = (client.split(), app.split());
         tokio::try_join!(pump(client_rx, app_tx), pump(app_rx, client_tx))
     }
@@ -36,10 +38,11 @@ pub(crate) async fn to_workstation(
     mut client: TcpStream,
     mut flow: Flow,
     early: Bytes,
-    answer: &[u8],
+    answer: Bytes,
 ) {
     let sent = async {
-        client.write_all(answer).await?;
+        client.write_all(&answer).await?;
+        drop(answer);
         match early.is_empty() {
             true => Ok(()),
             false => flow.send(early).await.map_err(io::Error::other),

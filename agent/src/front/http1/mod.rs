@@ -509,8 +509,11 @@ impl Client {
             return self.reset();
         };
         if let Some((tcp, rest)) = self.whole() {
-            let early = [&head[..], &rest[..]].concat();
-            opaque::to_app(tcp, app, &early, &answer).await;
+            let early = match head.is_empty() {
+                true => rest.freeze(),
+                false => [&head[..], &rest[..]].concat().into(),
+            };
+            opaque::to_app(tcp, app, early, answer.freeze()).await;
         }
     }
 
@@ -526,11 +529,11 @@ impl Client {
                 buf,
             } => {
                 let flow = Flow::from_io(rx, tx);
-                opaque::to_workstation(tcp, flow, early.freeze(), &buf).await;
+                opaque::to_workstation(tcp, flow, early.freeze(), buf.freeze()).await;
             }
             app => {
                 if let Some((app, answer)) = whole_app(app) {
-                    opaque::to_app(tcp, app, &early, &answer).await;
+                    opaque::to_app(tcp, app, early.freeze(), answer.freeze()).await;
                 }
             }
         }

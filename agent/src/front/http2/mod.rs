@@ -3,6 +3,8 @@
 //! A client's connection has one connection to the application and one flow to each workstation that one of its streams
 //! belongs to; on them its streams are streams again, with their trailers and resets. gRPC is nothing special.
 
+mod queued;
+
 use std::collections::{HashMap, hash_map};
 use std::future::poll_fn;
 use std::net::IpAddr;
@@ -32,6 +34,7 @@ use crate::book::Live;
 use crate::budget::LARGE;
 use crate::route::{Decision, decide};
 use crate::upstream::{Dialing, dial};
+use queued::{QUEUE, Queue, Queued};
 
 /// Streams that a stranger may have open on one connection.
 const STREAMS_MAX: u32 = 128;
@@ -39,14 +42,19 @@ const STREAMS_MAX: u32 = 128;
 /// Decoded bytes of a header.
 const HEADER_MAX: u32 = 64 * 1024;
 
-/// What one connection may make us hold, towards either side.
-const CONNECTION_WINDOW: u32 = 256 * 1024;
+/// What each side of one connection may make us hold of what it sends: what HTTP/2 begins with. In a pod's network the way
+/// is short.
+const WINDOW: u32 = 65_535;
 
-/// What one stream may make us hold.
-const STREAM_WINDOW: u32 = 128 * 1024;
+/// The same for a workstation, which is far away. Taken only where the budget has room for it.
+const FAR_WINDOW: u32 = 1 << 20;
 
 /// Bytes handed to h2 at a time.
 const PIECE: usize = 16 * 1024;
+
+/// What one connection is charged: the windows that we grant to both sides, what waits to be written to them, and the
+/// connections themselves.
+pub(super) const CHARGE: usize = 2 * (WINDOW as usize + QUEUE) + 32 * 1024;
 
 /// How long a body that a matcher asks for may take. After it the request is nobody's.
 const BODY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -56,12 +64,12 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// `h2::client::Builder` and `h2::server::Builder` have equal methods and no common trait. What is not named here stays
 /// at h2's own limits, which are made for strangers.
 macro_rules! bounded {
-    ($builder:expr) => {
+    ($builder:expr, $window:expr) => {
         $builder
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_window_size($window)
+            .initial_connection_window_size($window)
             .max_header_list_size(HEADER_MAX)
-            .max_send_buffer_size(PIECE * 2)
+            .max_send_buffer_size(PIECE)
     };
 }
 
@@ -75,8 +83,8 @@ pub(super) async fn serve(
 ) {
     let io = Prefixed { early, tcp: client };
     let mut builder = h2::server::Builder::new();
-    bounded!(builder).max_concurrent_streams(STREAMS_MAX);
-    let Ok(mut connection) = builder.handshake::<_, Bytes>(io).await else {
+    bounded!(builder, WINDOW).max_concurrent_streams(STREAMS_MAX);
+    let Ok(mut connection) = builder.handshake::<_, Queued>(io).await else {
         return;
     };
     let (drivers_tx, mut drivers) = mpsc::channel(DRIVERS);
@@ -86,6 +94,7 @@ pub(super) async fn serve(
         spare: Mutex::new(app),
         open: Mutex::default(),
         drivers: drivers_tx,
+        to_client: Queue::new(),
     });
     let mut tasks = JoinSet::new();
     let mut given_up = GivenUp::default();
@@ -163,10 +172,20 @@ struct Peers {
     open: Mutex<HashMap<String, Opening>>,
     /// Connections to be opened and driven beside the streams.
     drivers: mpsc::Sender<BoxFuture<'static, Ended>>,
+    /// What waits to be written to the client.
+    to_client: Queue,
+}
+
+/// A connection that answers streams.
+#[derive(Clone)]
+struct Peer {
+    requests: SendRequest<Queued>,
+    /// What waits to be written to it.
+    queue: Queue,
 }
 
 /// A connection that is up or coming up. Streams that want it at the same time wait for it together, and fail together.
-type Opening = future::Shared<BoxFuture<'static, Option<SendRequest<Bytes>>>>;
+type Opening = future::Shared<BoxFuture<'static, Option<Peer>>>;
 
 /// No uid of an intercept is empty.
 const APP: &str = "";
@@ -197,7 +216,7 @@ impl Peers {
     async fn stream(
         &self,
         request: Request<RecvStream>,
-        mut respond: SendResponse<Bytes>,
+        mut respond: SendResponse<Queued>,
     ) -> Ended {
         let (head, mut body) = request.into_parts();
         if head.method == Method::CONNECT {
@@ -228,6 +247,7 @@ impl Peers {
                 let request = self.request(head);
                 let exchange = Exchange {
                     respond,
+                    to_client: self.to_client.clone(),
                     early,
                     fallback,
                     mine,
@@ -281,21 +301,18 @@ impl Peers {
     }
 
     /// A connection that takes a stream now.
-    async fn peer(&self, whose: Whose<'_>) -> Result<SendRequest<Bytes>, Unreachable> {
+    async fn peer(&self, whose: Whose<'_>) -> Result<Peer, Unreachable> {
         // The second turn is for a connection that had ended.
         for _ in 0..2 {
             let opening = self.opening(whose).await?;
             let opened = opening.clone().await;
-            let ready = match opened {
-                Some(peer) => Some(peer.ready().await),
-                None => None,
-            };
-            if let Some(Ok(ready)) = ready {
-                return Ok(ready);
-            }
-            self.forget(whose, &opening);
-            if ready.is_none() {
+            let Some(Peer { requests, queue }) = opened else {
+                self.forget(whose, &opening);
                 break;
+            };
+            match requests.ready().await {
+                Ok(requests) => return Ok(Peer { requests, queue }),
+                Err(_) => self.forget(whose, &opening),
             }
         }
         Err(Unreachable)
@@ -335,7 +352,7 @@ impl Peers {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn to_app(&self, peer: oneshot::Sender<SendRequest<Bytes>>) -> BoxFuture<'static, Ended> {
+    fn to_app(&self, peer: oneshot::Sender<Peer>) -> BoxFuture<'static, Ended> {
         let address = self.place.app;
         let spare = self
             .spare
@@ -349,7 +366,7 @@ impl Peers {
             };
             match dialed {
                 Ok(tcp) => {
-                    speak(tcp, peer).await;
+                    speak(tcp, WINDOW, peer).await;
                     Ended::App
                 }
                 Err(error) => {
@@ -363,13 +380,15 @@ impl Peers {
     fn to_workstation(
         &self,
         live: &Live<Workstation>,
-        peer: oneshot::Sender<SendRequest<Bytes>>,
+        peer: oneshot::Sender<Peer>,
     ) -> BoxFuture<'static, Ended> {
-        let (live, client) = (live.clone(), self.place.peer);
+        let (live, client, shared) = (live.clone(), self.place.peer, Arc::clone(&self.shared));
         Box::pin(async move {
             if let Ok(flow) = open(&live, client).await {
+                let share = shared.budget.take(FAR_WINDOW as usize);
+                let window = if share.is_some() { FAR_WINDOW } else { WINDOW };
                 let (rx, tx) = flow.into_io();
-                speak(tokio::io::join(rx, tx), peer).await;
+                speak(tokio::io::join(rx, tx), window, peer).await;
             }
             Ended::Workstation
         })
@@ -377,13 +396,17 @@ impl Peers {
 }
 
 /// Drives a connection of which we are the client to its end; `peer` is told once it takes streams.
-async fn speak(io: impl ByteStream, peer: oneshot::Sender<SendRequest<Bytes>>) {
+async fn speak(io: impl ByteStream, window: u32, peer: oneshot::Sender<Peer>) {
     let mut builder = h2::client::Builder::new();
-    let shaken = bounded!(builder).enable_push(false).handshake(io).await;
+    bounded!(builder, window).enable_push(false);
+    let shaken = builder.handshake::<_, Queued>(io).await;
     let Ok((requests, connection)) = shaken else {
         return;
     };
-    let _ = peer.send(requests);
+    let _ = peer.send(Peer {
+        requests,
+        queue: Queue::new(),
+    });
     if let Err(error) = connection.await {
         tracing::debug!(%error, "upstream connection ended");
     }
@@ -420,7 +443,7 @@ fn append_forwarded_for(head: &mut Parts, peer: IpAddr) {
 }
 
 /// An answer of our own.
-fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode, why: &str) {
+fn answer(respond: &mut SendResponse<Queued>, status: StatusCode, why: &str) {
     let mut response = Response::new(());
     *response.status_mut() = status;
     let kind = HeaderValue::from_static("text/plain");
@@ -429,13 +452,14 @@ fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode, why: &str) {
         .insert(http::header::CONTENT_TYPE, kind);
     // Fails only when the client is gone.
     if let Ok(mut body) = respond.send_response(response, false) {
-        let _ = body.send_data(format!("tp: {why}\n").into(), true);
+        let _ = body.send_data(Bytes::from(format!("tp: {why}\n")).into(), true);
     }
 }
 
 /// One stream of the client and the stream that answers it.
 struct Exchange {
-    respond: SendResponse<Bytes>,
+    respond: SendResponse<Queued>,
+    to_client: Queue,
     /// Body that was read for a matcher.
     early: Vec<Bytes>,
     fallback: bool,
@@ -443,15 +467,10 @@ struct Exchange {
 }
 
 impl Exchange {
-    async fn run(
-        mut self,
-        mut peer: SendRequest<Bytes>,
-        request: Request<()>,
-        body: RecvStream,
-    ) -> Ended {
+    async fn run(mut self, mut peer: Peer, request: Request<()>, body: RecvStream) -> Ended {
         let early = std::mem::take(&mut self.early);
         let empty = body.is_end_stream() && early.is_empty();
-        let (mut response, to_peer) = match peer.send_request(request, empty) {
+        let (mut response, to_peer) = match peer.requests.send_request(request, empty) {
             Ok(sent) => sent,
             Err(error) => {
                 self.fail(&error);
@@ -461,7 +480,7 @@ impl Exchange {
         let upload = async {
             match empty {
                 true => Ok(()),
-                false => pump(early, body, to_peer).await,
+                false => pump(early, body, to_peer, &peer.queue).await,
             }
         };
         let download = async {
@@ -483,7 +502,7 @@ impl Exchange {
             if let Ok(to_client) = self.respond.send_response(response, empty)
                 && !empty
             {
-                let _ = pump(Vec::new(), body, to_client).await;
+                let _ = pump(Vec::new(), body, to_client, &self.to_client).await;
             }
             Ended::Stream
         };
@@ -542,10 +561,11 @@ enum Pumped {
 async fn pump(
     early: Vec<Bytes>,
     mut from: RecvStream,
-    mut to: SendStream<Bytes>,
+    mut to: SendStream<Queued>,
+    queue: &Queue,
 ) -> Result<(), Pumped> {
     for data in early {
-        send(&mut to, data, false).await?;
+        send(&mut to, queue, data, false).await?;
     }
     loop {
         let data = tokio::select! {
@@ -558,7 +578,7 @@ async fn pump(
                 let size = data.len();
                 let last = from.is_end_stream();
                 if size > 0 || last {
-                    send(&mut to, data, last).await?;
+                    send(&mut to, queue, data, last).await?;
                 }
                 // Only now may the other side send as much again.
                 let _ = from.flow_control().release_capacity(size);
@@ -572,15 +592,24 @@ async fn pump(
     }
     match from.trailers().await {
         Ok(Some(trailers)) => to.send_trailers(trailers).map_err(|_| Pumped::Deaf),
-        Ok(None) => to.send_data(Bytes::new(), true).map_err(|_| Pumped::Deaf),
+        Ok(None) => to
+            .send_data(Bytes::new().into(), true)
+            .map_err(|_| Pumped::Deaf),
         Err(error) => Err(lost(&mut to, &error)),
     }
 }
 
-async fn send(to: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Result<(), Pumped> {
+/// Sends what the windows of the other side have room for; they come first, so that a stream that may not send takes no
+/// room from others.
+async fn send(
+    to: &mut SendStream<Queued>,
+    queue: &Queue,
+    mut data: Bytes,
+    last: bool,
+) -> Result<(), Pumped> {
     if data.is_empty() {
         return match last {
-            true => to.send_data(data, true).map_err(|_| Pumped::Deaf),
+            true => to.send_data(data.into(), true).map_err(|_| Pumped::Deaf),
             false => Ok(()),
         };
     }
@@ -593,8 +622,13 @@ async fn send(to: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Result
             },
             room => room,
         };
-        let piece = data.split_to(room.min(data.len()));
+        let piece = data.split_to(room.min(data.len()).min(PIECE));
         if !piece.is_empty() {
+            let piece = tokio::select! {
+                biased;
+                piece = queue.put(piece) => piece,
+                _ = poll_fn(|cx| to.poll_reset(cx)) => return Err(Pumped::Deaf),
+            };
             to.send_data(piece, last && data.is_empty())
                 .map_err(|_| Pumped::Deaf)?;
         }
@@ -603,7 +637,7 @@ async fn send(to: &mut SendStream<Bytes>, mut data: Bytes, last: bool) -> Result
 }
 
 /// A reset is passed on with its code; a lost connection is an error on the other side, never an end.
-fn lost(to: &mut SendStream<Bytes>, error: &h2::Error) -> Pumped {
+fn lost(to: &mut SendStream<Queued>, error: &h2::Error) -> Pumped {
     let reason = error
         .reason()
         .filter(|_| error.is_reset() && error.is_remote());
