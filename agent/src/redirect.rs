@@ -5,13 +5,15 @@
 //!     set live { type inet_service; flags timeout; }
 //!     chain inbound {
 //!         type nat hook prerouting priority dstnat;
-//!         tcp dport @live redirect to :PORT
+//!         tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :PORT
 //!     }
 //! }
 //! ```
 //!
 //! Nothing is redirected unless its port is in `live`, and what is in `live` vanishes after [`LIFE`] unless it is
-//! refreshed: whatever dies, the kernel sends new connections to the application again. Connections that a pod opens to
+//! refreshed: whatever dies, the kernel sends new connections to the application again. The flags are there because the
+//! kernel begins to track connections only when the table comes: the next segment of one that is older would look new,
+//! and be redirected into a reset. Connections that a pod opens to
 //! itself do not pass this hook, so the worker's own connections to the application are never redirected.
 
 use std::io;
@@ -163,9 +165,8 @@ fn elements(attributes: &mut Attributes<'_>, ports: &[u16]) {
     });
 }
 
-/// `NFTA_RULE_*`: tcp dport @live redirect to :`to`.
+/// `NFTA_RULE_*`: tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :`to`.
 fn rule(attributes: &mut Attributes<'_>, to: u16) {
-    const REGISTER: u32 = 1;
     attributes.text(1, TABLE);
     attributes.text(2, CHAIN);
     attributes.nested(4, |list| {
@@ -173,17 +174,19 @@ fn rule(attributes: &mut Attributes<'_>, to: u16) {
             meta.number(1, REGISTER);
             meta.number(2, 16); // NFT_META_L4PROTO
         });
-        expression(list, "cmp", |cmp| {
-            cmp.number(1, REGISTER);
-            cmp.number(2, 0); // NFT_CMP_EQ
-            cmp.nested(3, |data| data.bytes(1, &[6])); // IPPROTO_TCP
+        equal(list, 6); // IPPROTO_TCP
+        // Of the flags' byte FIN, SYN, RST and ACK, of which only SYN is set.
+        transport(list, 13, 1);
+        expression(list, "bitwise", |bitwise| {
+            bitwise.number(1, REGISTER);
+            bitwise.number(2, REGISTER);
+            bitwise.number(3, 1); // size
+            bitwise.nested(4, |mask| mask.bytes(1, &[0x17]));
+            bitwise.nested(5, |xor| xor.bytes(1, &[0]));
         });
-        expression(list, "payload", |payload| {
-            payload.number(1, REGISTER);
-            payload.number(2, 2); // NFT_PAYLOAD_TRANSPORT_HEADER
-            payload.number(3, 2); // the destination port's offset
-            payload.number(4, 2); // and size
-        });
+        equal(list, 0x02);
+        // The destination port.
+        transport(list, 2, 2);
         expression(list, "lookup", |lookup| {
             lookup.text(1, SET);
             lookup.number(2, REGISTER);
@@ -197,6 +200,27 @@ fn rule(attributes: &mut Attributes<'_>, to: u16) {
             redir.number(1, REGISTER);
             redir.number(3, 2); // NF_NAT_RANGE_PROTO_SPECIFIED
         });
+    });
+}
+
+const REGISTER: u32 = 1;
+
+/// Loads bytes of the TCP header.
+fn transport(list: &mut Attributes<'_>, offset: u32, size: u32) {
+    expression(list, "payload", |payload| {
+        payload.number(1, REGISTER);
+        payload.number(2, 2); // NFT_PAYLOAD_TRANSPORT_HEADER
+        payload.number(3, offset);
+        payload.number(4, size);
+    });
+}
+
+/// Goes on only if the byte that was loaded is this one.
+fn equal(list: &mut Attributes<'_>, byte: u8) {
+    expression(list, "cmp", |cmp| {
+        cmp.number(1, REGISTER);
+        cmp.number(2, 0); // NFT_CMP_EQ
+        cmp.nested(3, |data| data.bytes(1, &[byte]));
     });
 }
 

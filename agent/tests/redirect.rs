@@ -230,7 +230,7 @@ async fn redirected(pod: &mut Pod) {
     assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
     assert_eq!(get("").await.unwrap(), ROUTED);
     assert!(
-        pod.rules().contains("tcp dport @live redirect to :15006"),
+        pod.rules().contains("tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :15006"),
         "{}",
         pod.rules()
     );
