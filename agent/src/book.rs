@@ -99,6 +99,15 @@ impl<W: Clone> Book<W> {
         inner.ports.get(&listen).cloned()
     }
 
+    /// The ports that have intercepts of this connection.
+    pub fn ports_of(&self, connection: ConnectionId) -> Vec<u16> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        let pushed = inner.pushed.get(&connection).into_iter();
+        let ports = pushed.flat_map(|pushed| &pushed.table.ports);
+        let wanted = ports.filter(|port| !port.intercepts.is_empty());
+        wanted.map(|port| port.listen).collect()
+    }
+
     /// The ports that have intercepts.
     pub fn ports(&self) -> Vec<u16> {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);

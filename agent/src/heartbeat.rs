@@ -3,14 +3,19 @@
 //! ```text
 //! worker ──► parent   live 80 8080    twice a second, and at every change: it works, and these ports want traffic
 //! worker ◄── parent   live 80 8080    at every change: these ports are redirected now
+//! worker ──► parent   close 80        reset the idle connections to these ports that bypass the agent
+//! worker ◄── parent   close 80        it is done
 //! ```
 //!
 //! The end of either pipe is the end of who wrote to it.
 
+use std::fmt;
 use std::io::{self, Write};
+use std::time::Duration;
 
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::timeout;
 
 /// Ports that one line may have.
 const PORTS_MAX: usize = 64;
@@ -18,22 +23,36 @@ const PORTS_MAX: usize = 64;
 /// Bytes of the longest line.
 const LINE_MAX: u64 = 1024;
 
-/// The line for these ports.
-pub(crate) fn line(ports: &[u16]) -> String {
-    let mut line = "live".to_owned();
-    for port in ports {
-        line.push_str(&format!(" {port}"));
-    }
-    line.push('\n');
-    line
+/// How long the parent may take to do what it is asked for.
+pub const PATIENCE: Duration = Duration::from_secs(1);
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// These ports want traffic; or get it.
+    Live(Vec<u16>),
+    /// Idle connections to these ports are to be reset; or were.
+    Close(Vec<u16>),
 }
 
-/// The ports of the next line. Not cancel safe: a dropped call may have taken a part of a line.
+impl fmt::Display for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (word, ports) = match self {
+            Self::Live(ports) => ("live", ports),
+            Self::Close(ports) => ("close", ports),
+        };
+        f.write_str(word)?;
+        ports.iter().try_for_each(|port| write!(f, " {port}"))?;
+        f.write_str("\n")
+    }
+}
+
+/// The next line. Not cancel safe: a dropped call may have taken a part of it.
 ///
 /// # Errors
-/// `UnexpectedEof` at the end, `InvalidData` for anything that [`line()`] does not write; the other side parses traffic and
-/// may be anybody's by now.
-pub(crate) async fn next(lines: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Vec<u16>> {
+/// `UnexpectedEof` at the end, `InvalidData` for anything that is no [`Word`]; the other side parses traffic and may be
+/// anybody's by now.
+pub(crate) async fn next(lines: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Word> {
     let mut line = Vec::new();
     lines.take(LINE_MAX).read_until(b'\n', &mut line).await?;
     match line.is_empty() {
@@ -42,29 +61,93 @@ pub(crate) async fn next(lines: &mut (impl AsyncBufRead + Unpin)) -> io::Result<
     }
 }
 
-fn parse(line: &[u8]) -> Option<Vec<u16>> {
+fn parse(line: &[u8]) -> Option<Word> {
     let line = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
     let mut words = line.split(' ');
-    words.next().filter(|word| *word == "live")?;
+    let word = words.next()?;
     let ports = words.map(|word| word.parse().ok().filter(|port| *port != 0));
     let ports: Vec<u16> = ports.collect::<Option<_>>()?;
-    (ports.len() <= PORTS_MAX).then_some(ports)
+    match word {
+        _ if ports.len() > PORTS_MAX => None,
+        "live" => Some(Word::Live(ports)),
+        "close" => Some(Word::Close(ports)),
+        _ => None,
+    }
 }
 
 /// The worker's voice: writes each word to `out`.
-pub fn beat_to(mut out: impl Write) -> impl FnMut(&[u16]) -> io::Result<()> {
-    move |ports| {
-        out.write_all(line(ports).as_bytes())?;
+pub fn say_to(mut out: impl Write) -> impl FnMut(&Word) -> io::Result<()> {
+    move |word| {
+        out.write_all(word.to_string().as_bytes())?;
         out.flush()
     }
 }
 
-/// The worker's ear: the ports that are redirected. Returns when the parent is silent for ever, which is how it asks the
-/// worker to stop.
-pub async fn hear(parent: impl AsyncRead + Unpin, redirected: watch::Sender<Vec<u16>>) {
+/// What a worker has heard of its parent.
+#[derive(Debug, Default)]
+pub struct Heard {
+    /// Ports that are redirected.
+    redirected: Vec<u16>,
+    /// How often idle connections were closed.
+    closed: u64,
+}
+
+/// Listens to the parent for as long as it speaks. Its end, or its death, is how it asks the worker to stop.
+pub async fn hear(parent: impl AsyncRead + Unpin, heard: watch::Sender<Heard>) {
     let mut lines = BufReader::with_capacity(256, parent);
-    while let Ok(ports) = next(&mut lines).await {
-        redirected.send_replace(ports);
+    while let Ok(word) = next(&mut lines).await {
+        heard.send_modify(|heard| match word {
+            Word::Live(ports) => heard.redirected = ports,
+            Word::Close(_) => heard.closed += 1,
+        });
+    }
+}
+
+/// The worker's parent, as its tasks see it.
+#[derive(Debug)]
+pub struct Parent {
+    heard: watch::Receiver<Heard>,
+    /// Wishes to close; one at a time, so that an answer has one question.
+    close_tx: mpsc::Sender<Vec<u16>>,
+    turn: Semaphore,
+}
+
+impl Parent {
+    /// With what [`hear`] hears, and where the worker's voice takes wishes to close from.
+    pub fn new(heard: watch::Receiver<Heard>) -> (Self, mpsc::Receiver<Vec<u16>>) {
+        let (close_tx, close) = mpsc::channel(1);
+        let turn = Semaphore::new(1);
+        let parent = Self {
+            heard,
+            close_tx,
+            turn,
+        };
+        (parent, close)
+    }
+
+    /// Waits until the kernel redirects all these ports. False after [`PATIENCE`].
+    pub(crate) async fn redirects(&self, ports: &[u16]) -> bool {
+        let mut heard = self.heard.clone();
+        let all = heard.wait_for(|heard| ports.iter().all(|port| heard.redirected.contains(port)));
+        matches!(timeout(PATIENCE, all).await, Ok(Ok(_)))
+    }
+
+    /// Has the idle connections to these ports closed. False after [`PATIENCE`].
+    pub(crate) async fn close(&self, ports: Vec<u16>) -> bool {
+        let Ok(_turn) = self.turn.acquire().await else {
+            return false;
+        };
+        let mut heard = self.heard.clone();
+        let before = heard.borrow_and_update().closed;
+        let closed = async {
+            self.close_tx.send(ports).await.ok()?;
+            heard
+                .wait_for(|heard| heard.closed > before)
+                .await
+                .ok()
+                .map(drop)
+        };
+        matches!(timeout(PATIENCE, closed).await, Ok(Some(())))
     }
 }
 
@@ -74,10 +157,12 @@ mod tests {
 
     #[test]
     fn a_worker_can_say_ports_and_nothing_else() {
-        for ports in [&[][..], &[80], &[80, 8080, 65535]] {
-            assert_eq!(parse(line(ports).as_bytes()).as_deref(), Some(ports));
+        for ports in [vec![], vec![80], vec![80, 8080, 65535]] {
+            for word in [Word::Live(ports.clone()), Word::Close(ports)] {
+                assert_eq!(parse(word.to_string().as_bytes()), Some(word));
+            }
         }
-        assert_eq!(line(&[80, 8080]), "live 80 8080\n");
+        assert_eq!(Word::Live(vec![80, 8080]).to_string(), "live 80 8080\n");
         let many = format!("live{}\n", " 80".repeat(65));
         for bad in [
             &b"live 80"[..],
@@ -85,6 +170,7 @@ mod tests {
             b"live 65536\n",
             b"live  80\n",
             b"dead\n",
+            b"close 0\n",
             b"\n",
             b"live -1\n",
             b"live 80\r\n",

@@ -23,10 +23,12 @@
 //!    - 400: the table is refused, and the one before stays; the body says why, in one line;
 //!    - 503: the table is taken, but the kernel does not redirect the ports yet. Push again.
 //! 5. `GET` [`workstation::HEALTH_PATH`] answers `{"version": "…", "ports": […]}`: the ports that have intercepts, of all replicas.
-//! 6. SIGTERM removes the rule, lets connections end for up to 20 s, and ends the agent.
+//! 6. `GET` and `DELETE` [`tp_manager_api::route_table::CONNECTIONS_PATH`] count, and close, what the application had open before.
+//! 7. SIGTERM removes the rule, lets connections end for up to 20 s, and ends the agent.
 
 pub mod book;
 pub mod budget;
+pub mod bypass;
 pub mod front;
 pub mod heartbeat;
 pub mod parent;

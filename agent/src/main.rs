@@ -12,6 +12,7 @@ use tokio::net::unix::pipe;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tp_agent::heartbeat::{Heard, Parent};
 use tp_agent::redirect::Redirect;
 use tp_agent::worker::{self, Destination, Inbound, Listeners, Worker};
 use tp_agent::{heartbeat, parent};
@@ -166,15 +167,15 @@ async fn work(arguments: Arguments) -> Result<()> {
     }
     tracing::info!(address = ?control.local_addr().ok(), key = %identity.key_hash(), "control");
     let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
-    let (redirected_tx, redirected) = watch::channel(Vec::new());
-    let parent = match arguments.worker {
+    let (heard_tx, heard) = watch::channel(Heard::default());
+    let pipe = match arguments.worker {
         true => Some(input().context("the parent's pipe is missing")?),
         false => None,
     };
     let stopped = async move {
         let parent = async {
-            match parent {
-                Some(pipe) => heartbeat::hear(pipe, redirected_tx).await,
+            match pipe {
+                Some(pipe) => heartbeat::hear(pipe, heard_tx).await,
                 None => std::future::pending().await,
             }
         };
@@ -188,9 +189,9 @@ async fn work(arguments: Arguments) -> Result<()> {
         identity,
         manager: arguments.manager_key,
         lease: Duration::from_secs(arguments.lease),
-        redirected: arguments.worker.then_some(redirected),
+        parent: arguments.worker.then(|| Parent::new(heard)),
     };
-    let served = worker::serve(worker, heartbeat::beat_to(std::io::stdout()), stopped);
+    let served = worker::serve(worker, heartbeat::say_to(std::io::stdout()), stopped);
     served.await.context("the parent is gone")
 }
 

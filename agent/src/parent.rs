@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
-use crate::heartbeat::{line, next};
+use crate::bypass;
+use crate::heartbeat::{Word, next};
 use crate::redirect::Redirect;
 
 /// User and group of the worker; no account of any image.
@@ -98,30 +99,40 @@ async fn follow(
         return "it has no pipes".to_owned();
     };
     // Nothing is redirected before the first word.
-    let mut redirected = Vec::new();
+    let mut redirected: Vec<u16> = Vec::new();
     loop {
         let word = tokio::select! {
             ended = child.wait() => return ended_by(ended),
             word = tokio::time::timeout(SILENCE, next(lines)) => word,
         };
-        let ports = match word {
+        let answer = match word {
             Err(_) => return format!("it was silent for {SILENCE:?}"),
             Ok(Err(error)) => return error.to_string(),
-            Ok(Ok(ports)) => ports,
-        };
-        if ports.is_empty() && redirected.is_empty() {
-            continue;
-        }
-        if let Err(error) = redirect.refresh(&ports) {
-            return format!("the packet filter refused: {error}");
-        }
-        if ports != redirected {
-            let word = line(&ports);
-            let told = input.write_all(word.as_bytes());
-            match tokio::time::timeout(SILENCE, told).await {
-                Ok(Ok(())) => redirected = ports,
-                Ok(Err(_)) | Err(_) => return "it does not listen".to_owned(),
+            Ok(Ok(Word::Live(ports))) if ports.is_empty() && redirected.is_empty() => continue,
+            Ok(Ok(Word::Live(ports))) => {
+                if let Err(error) = redirect.refresh(&ports) {
+                    return format!("the packet filter refused: {error}");
+                }
+                if ports == redirected {
+                    continue;
+                }
+                redirected.clone_from(&ports);
+                Word::Live(ports)
             }
+            Ok(Ok(Word::Close(mut ports))) => {
+                // Others are none of a worker's business.
+                ports.retain(|port| redirected.contains(port));
+                if let Err(error) = bypass::close_idle(&ports) {
+                    tracing::warn!(%error, "cannot close idle connections");
+                }
+                Word::Close(ports)
+            }
+        };
+        let answer = answer.to_string();
+        let told = input.write_all(answer.as_bytes());
+        match tokio::time::timeout(SILENCE, told).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => return "it does not listen".to_owned(),
         }
     }
 }

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tp_tunnel::{Identity, KeyHash};
 
 use crate::book::Book;
 use crate::budget::{Budget, Share};
 use crate::front::{self, Place, Shared};
+use crate::heartbeat::{Parent, Word};
 use crate::workstation;
 
 /// How often the worker tells its parent that it works.
@@ -63,15 +64,15 @@ pub struct Worker {
     pub manager: KeyHash,
     /// How long pushed routes hold.
     pub lease: Duration,
-    /// The ports that the kernel redirects here, as the parent says; `None` where nobody redirects.
-    pub redirected: Option<watch::Receiver<Vec<u16>>>,
+    /// Who changes the packet filter, and what it is asked for; `None` where nobody redirects.
+    pub parent: Option<(Parent, mpsc::Receiver<Vec<u16>>)>,
 }
 
-/// Serves until `shutdown`, then lets connections end for a while. `beat` is told the ports that want traffic, twice a
-/// second and whenever they change.
+/// Serves until `shutdown`, then lets connections end for a while. `say` is told the ports that want traffic, twice a
+/// second and whenever they change, and what is to be closed.
 pub async fn serve(
     worker: Worker,
-    mut beat: impl FnMut(&[u16]) -> io::Result<()>,
+    mut say: impl FnMut(&Word) -> io::Result<()>,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let Worker {
@@ -79,13 +80,14 @@ pub async fn serve(
         identity,
         manager,
         lease,
-        redirected,
+        parent,
     } = worker;
+    let (parent, mut close) = parent.unzip();
     let shared = Arc::new(Shared {
         book: Book::new(lease),
         budget: Budget::default(),
         changed: Notify::new(),
-        redirected,
+        parent,
     });
     let (stop_tx, stop) = watch::channel(false);
     let mut accepting = JoinSet::new();
@@ -104,16 +106,17 @@ pub async fn serve(
     loop {
         tokio::select! {
             () = &mut shutdown => break,
-            () = shared.changed.notified() => beat(&wanted(&shared))?,
+            () = shared.changed.notified() => say(&wanted(&shared))?,
+            ports = next_close(close.as_mut()) => say(&Word::Close(ports))?,
             _ = ticks.tick() => {
                 shared.book.expire(Instant::now());
-                beat(&wanted(&shared))?;
+                say(&wanted(&shared))?;
             }
             Some(ended) = accepting.join_next() => report_panic(ended),
         }
     }
     // Nothing new from the kernel, then the end of what is there.
-    beat(&[])?;
+    say(&Word::Live(Vec::new()))?;
     stop_tx.send_replace(true);
     while let Some(ended) = accepting.join_next().await {
         report_panic(ended);
@@ -122,11 +125,23 @@ pub async fn serve(
 }
 
 /// The ports whose new connections are to come here.
-fn wanted(shared: &Shared) -> Vec<u16> {
-    match shared.budget.is_strained() {
+fn wanted(shared: &Shared) -> Word {
+    Word::Live(match shared.budget.is_strained() {
         // They go to the application by themselves then.
         true => Vec::new(),
         false => shared.book.ports(),
+    })
+}
+
+async fn next_close(close: Option<&mut mpsc::Receiver<Vec<u16>>>) -> Vec<u16> {
+    let next = match close {
+        Some(close) => close.recv().await,
+        None => None,
+    };
+    match next {
+        Some(ports) => ports,
+        // Nobody asks any more.
+        None => std::future::pending().await,
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! The agent is the serving side of a tunnel. It reaches nothing for the manager: every request to dial is refused.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -11,23 +12,22 @@ use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
 use tp_manager_api::RouteTable;
-use tp_manager_api::route_table::ROUTES_PATH;
+use tp_manager_api::route_table::{CONNECTIONS_PATH, ROUTES_PATH};
 use tp_tunnel::carrier::tls::accept_tls;
 use tp_tunnel::server::serve_with;
 use tp_tunnel::{
     DialError, DialErrorKind, Dialed, Identity, KeyHash, Service, Settings, Target, Workstation,
 };
 
+use crate::bypass;
 use crate::front::Shared;
+use crate::heartbeat::PATIENCE;
 
 /// Path of the probe: `{"version", "ports"}` as the agent sees them.
 pub const HEALTH_PATH: &str = "/v1/health";
 
 /// A manager that pings every second and is silent for so long is gone; its workstations' requests fail then.
 const PEER_SILENCE: Duration = Duration::from_secs(3);
-
-/// How long the parent may take to let the kernel redirect a port.
-const REDIRECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Limits of the connection: the windows are smaller than a workstation's, since they are part of the agent's memory.
 pub fn settings() -> Settings {
@@ -88,12 +88,41 @@ impl Agent {
             Err(why) => return status(StatusCode::BAD_REQUEST, why.into()),
         };
         self.shared.changed.notify_one();
-        match self.shared.reaches(&ports, REDIRECT_TIMEOUT).await {
+        let redirected = match &self.shared.parent {
+            Some(parent) => parent.redirects(&ports).await,
+            None => true,
+        };
+        match redirected {
             true => status(StatusCode::NO_CONTENT, Bytes::new()),
-            false => status(
-                StatusCode::SERVICE_UNAVAILABLE,
-                format!("the kernel did not redirect the ports within {REDIRECT_TIMEOUT:?}").into(),
+            false => unavailable("the kernel did not redirect the ports"),
+        }
+    }
+
+    /// Counts what bypasses the agent, on all intercepted ports.
+    async fn connections(&self) -> Response<Bytes> {
+        let ports = match self.shared.parent {
+            Some(_) => self.shared.book.ports(),
+            None => Vec::new(),
+        };
+        let counted = tokio::task::spawn_blocking(move || bypass::count(&ports)).await;
+        match counted.map_err(io::Error::other).flatten() {
+            Ok(counted) => status(
+                StatusCode::OK,
+                serde_json::to_vec(&counted).unwrap_or_default().into(),
             ),
+            Err(error) => status(StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into()),
+        }
+    }
+
+    async fn close_idle(&self) -> Response<Bytes> {
+        let ports = self.shared.book.ports_of(self.connection);
+        let closed = match &self.shared.parent {
+            Some(parent) => parent.close(ports).await,
+            None => true,
+        };
+        match closed {
+            true => self.connections().await,
+            false => unavailable("the idle connections were not closed"),
         }
     }
 
@@ -123,7 +152,11 @@ impl Agent {
                 });
                 status(StatusCode::OK, health.to_string().into())
             }
-            (ROUTES_PATH | HEALTH_PATH, _) => status(StatusCode::METHOD_NOT_ALLOWED, Bytes::new()),
+            (CONNECTIONS_PATH, &Method::GET) => self.connections().await,
+            (CONNECTIONS_PATH, &Method::DELETE) => self.close_idle().await,
+            (ROUTES_PATH | HEALTH_PATH | CONNECTIONS_PATH, _) => {
+                status(StatusCode::METHOD_NOT_ALLOWED, Bytes::new())
+            }
             _ => status(StatusCode::NOT_FOUND, Bytes::new()),
         }
     }
@@ -133,6 +166,11 @@ fn status(code: StatusCode, body: Bytes) -> Response<Bytes> {
     let mut response = Response::new(body);
     *response.status_mut() = code;
     response
+}
+
+fn unavailable(what: &str) -> Response<Bytes> {
+    let why = format!("{what} within {PATIENCE:?}");
+    status(StatusCode::SERVICE_UNAVAILABLE, why.into())
 }
 
 impl Service for Agent {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{Client, SEED, ada, server, workstation};
 use http::{Method, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tp_tunnel::carrier::tls::connect_tls;
 use tp_tunnel::{Identity, Tunnel};
@@ -184,6 +184,15 @@ async fn manage(manager: &Identity, local: SocketAddr) -> Tunnel {
     tunnel
 }
 
+async fn connections(tunnel: &Tunnel, method: Method) -> Value {
+    let answer = tunnel
+        .control(method, "/v1/connections", bytes::Bytes::new())
+        .await
+        .unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    serde_json::from_slice(answer.body()).unwrap()
+}
+
 fn worker_of(parent: u32) -> Option<u32> {
     let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
     children.split_whitespace().next()?.parse().ok()
@@ -222,7 +231,9 @@ async fn redirected(pod: &mut Pod) {
     .await;
     assert_eq!(get("").await.unwrap(), DIRECT);
 
-    // Installed and without routes, nothing changes.
+    let mut before = Client::over(TcpStream::connect(WEB).await.unwrap());
+    assert!(before.get("/", ADA).await.ends_with(DIRECT));
+
     let (manager, local) = (Identity::generate(), server("local").await);
     let agent = pod.start_agent(&manager);
     let tunnel = manage(&manager, local.address).await;
@@ -230,10 +241,24 @@ async fn redirected(pod: &mut Pod) {
     assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
     assert_eq!(get("").await.unwrap(), ROUTED);
     assert!(
-        pod.rules().contains("tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :15006"),
+        pod.rules()
+            .contains("tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :15006"),
         "{}",
         pod.rules()
     );
+
+    // What was open before bypasses the agent, is counted, and closed once it is idle.
+    assert!(before.get("/", ADA).await.ends_with(DIRECT));
+    let idle = json!({"ports": [{"port": 8080, "open": 1, "idle": 1}]});
+    until("it is idle", 5 * second, async || {
+        connections(&tunnel, Method::GET).await == idle
+    })
+    .await;
+    let none = json!({"ports": []});
+    assert_eq!(connections(&tunnel, Method::DELETE).await, none);
+    let reset = before.rest().await.unwrap_err();
+    assert_eq!(reset.kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
 
     // Who parses traffic may do nothing else.
     let worker = worker_of(agent).unwrap();

@@ -13,11 +13,12 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tp_tunnel::{Flow, NotOpened, Workstation};
 
 use crate::book::{Book, Live, Port};
 use crate::budget::Budget;
+use crate::heartbeat::Parent;
 use crate::route::{Need, need, unparsed};
 use crate::upstream::{Dialing, READ, dial, reset_on_close};
 use detect::{Protocol, detect};
@@ -37,19 +38,8 @@ pub struct Shared {
     pub budget: Budget,
     /// Told when routes were pushed, so that the kernel hears of it at once.
     pub changed: Notify,
-    /// The ports that the kernel redirects here; `None` where nobody redirects.
-    pub redirected: Option<watch::Receiver<Vec<u16>>>,
-}
-
-impl Shared {
-    /// Waits until new connections to these ports come here, at most `patience`. Whether they do.
-    pub async fn reaches(&self, ports: &[u16], patience: Duration) -> bool {
-        let Some(mut redirected) = self.redirected.clone() else {
-            return true;
-        };
-        let all = redirected.wait_for(|there| ports.iter().all(|port| there.contains(port)));
-        matches!(tokio::time::timeout(patience, all).await, Ok(Ok(_)))
-    }
+    /// Who changes the packet filter; `None` where nobody redirects.
+    pub parent: Option<Parent>,
 }
 
 /// Where a connection came from and where it wanted to go.

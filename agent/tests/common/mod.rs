@@ -78,7 +78,7 @@ pub async fn agent_with(app: Server, local: Server, lease: Duration) -> Agent {
             identity,
             manager: key,
             lease,
-            redirected: None,
+            parent: None,
         };
         serve(worker, |_| Ok(()), stopped).await.unwrap();
     });

@@ -13,6 +13,10 @@ use crate::matcher::Matchers;
 /// `PUT` with a [`RouteTable`] pushes it and renews its lease; the answer is 204, or 400 with one line of why.
 pub const ROUTES_PATH: &str = "/v1/routes";
 
+/// `GET` answers [`OpenConnections`]; `DELETE` first resets those that have been idle for longer than a second, of the ports
+/// that this replica has pushed, and answers what is left.
+pub const CONNECTIONS_PATH: &str = "/v1/connections";
+
 /// How long a pushed table holds unless it is pushed again.
 pub const LEASE: Duration = Duration::from_secs(15);
 
@@ -56,6 +60,27 @@ pub struct Route {
     /// Whether a workstation that does not answer is an error instead of the application's turn.
     #[serde(default)]
     pub strict: bool,
+}
+
+/// Connections that an intercepted application had before the agent came: the kernel redirects new ones only, so these
+/// bypass the agent until they end.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OpenConnections {
+    /// The intercepted ports that have some.
+    pub ports: Vec<PortConnections>,
+}
+
+/// Those of one port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortConnections {
+    /// Port that they connect to.
+    pub port: u16,
+    /// How many there are.
+    pub open: u32,
+    /// How many of them have said nothing for longer than a second, in either direction.
+    pub idle: u32,
 }
 
 /// Why a table is refused.
