@@ -257,16 +257,15 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     };
     leave_some(&socket)?;
     socket.set_nodelay(true)?;
-    socket
-        .connect(address)
-        .await
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::AddrNotAvailable => io::Error::new(
+    socket.connect(address).await.map_err(|error| {
+        match error.kind() == io::ErrorKind::AddrNotAvailable {
+            true => io::Error::new(
                 error.kind(),
                 "each port of the manager was used for a connection there within the last minute",
             ),
-            _ => error,
-        })
+            false => error,
+        }
+    })
 }
 
 async fn connect_datagrams(addresses: &[Permitted]) -> Result<Dialed<UdpSocket>, DialError> {
