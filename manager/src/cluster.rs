@@ -397,7 +397,8 @@ pub(crate) fn in_short(error: &kube::Error) -> String {
 /// How far a watch may be behind a DNS answer.
 const WATCH_LAG: Duration = Duration::from_secs(1);
 
-enum Change<K> {
+/// What a watch says.
+pub(crate) enum Change<K> {
     ListBegins,
     Written(K),
     Deleted(K),
@@ -405,7 +406,7 @@ enum Change<K> {
 }
 
 /// Feeds `on` for ever. Errors are logged and the watch goes on after a backoff.
-async fn follow<K>(
+pub(crate) async fn follow<K>(
     api: Api<K>,
     what: &'static str,
     config: watcher::Config,
@@ -432,7 +433,7 @@ where
 /// Objects a list page holds: all of it is in memory at once.
 const PAGE: u32 = 100;
 
-fn object_name(metadata: &ObjectMeta) -> ObjectName {
+pub(crate) fn object_name(metadata: &ObjectMeta) -> ObjectName {
     (
         metadata.namespace.as_deref().unwrap_or_default().into(),
         metadata.name.as_deref().unwrap_or_default().into(),

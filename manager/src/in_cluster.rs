@@ -20,6 +20,7 @@ use crate::dial::resolv_conf::ResolvConf;
 use crate::dial::resolve::Resolver;
 use crate::dial::rights::Rights;
 use crate::guarded_http::{self, HealthPage, MetricsPage};
+use crate::intercepts::{self, Seat, Workstations};
 use crate::listen::{self, Admitted, Gate, Listener};
 use crate::metrics::Metrics;
 use crate::reach::{KubeReviewer, SessionReach, SessionViews, Town};
@@ -37,6 +38,8 @@ pub struct Options {
     pub namespace: String,
     /// `POD_IP`, or several separated by commas.
     pub addresses: Vec<IpAddr>,
+    /// `TP_AGENT_IMAGE`. Without it, as in a Deployment of an older release, intercepts are nobody's.
+    pub agent_image: Option<String>,
 }
 
 impl Options {
@@ -57,6 +60,7 @@ impl Options {
             pod: needed("POD_NAME")?,
             namespace: needed("POD_NAMESPACE")?,
             addresses: addresses.map_err(|_| "POD_IP is not an address".to_owned())?,
+            agent_image: variable("TP_AGENT_IMAGE").filter(|image| !image.is_empty()),
         })
     }
 }
@@ -113,7 +117,6 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let (namespace, ready) = (options.namespace.clone(), cluster.ready_replicas());
     let locating = client.clone();
     work.spawn(async move { locator::keep(locating, &namespace, key, ready).await });
-
     let town = Arc::new(Town {
         cluster,
         rights: Rights::new(KubeReviewer {
@@ -124,6 +127,22 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         domain: conf.cluster_domain().unwrap_or("cluster.local").to_owned(),
         replica: options.pod.as_str().into(),
     });
+    let workstations = Arc::new(Workstations::default());
+    match options.agent_image {
+        Some(image) => {
+            let setting = intercepts::Setting {
+                client: client.clone(),
+                town: Arc::clone(&town),
+                sessions: Arc::clone(&sessions),
+                workstations: Arc::clone(&workstations),
+                image,
+                identity: identity.clone(),
+                namespace: options.namespace.as_str().into(),
+            };
+            work.spawn(forever(intercepts::control(setting)));
+        }
+        None => tracing::warn!("TP_AGENT_IMAGE is not set: there are no intercepts"),
+    }
     let dialer = Dialer::new(
         Resolver::new(conf, None),
         Arc::clone(&metrics),
@@ -133,6 +152,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         town,
         sessions,
         dialer: Arc::new(dialer),
+        workstations,
         client,
     });
     let listener = Listener {
@@ -210,6 +230,7 @@ struct SessionGate {
     town: Arc<Town>,
     sessions: Arc<SessionTable>,
     dialer: Arc<Dialer>,
+    workstations: Arc<Workstations>,
     client: Client,
 }
 
@@ -231,6 +252,7 @@ impl Gate for SessionGate {
                 dialer: Arc::clone(&self.dialer),
                 reach: Arc::clone(&reach),
                 views: SessionViews::new(Arc::clone(&self.town), Arc::clone(&session)),
+                seat: Some(Seat::new(Arc::clone(&self.workstations), &session.uid)),
             };
             Ok(Admitted {
                 who: format!(

@@ -34,6 +34,10 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Ranges its pods get their addresses from.
     pub pod_ranges: Vec<IpNet>,
+    /// As `amd64`.
+    pub architecture: Option<String>,
+    /// As `linux`.
+    pub system: Option<String>,
 }
 
 /// Everything, at one moment.
@@ -164,6 +168,11 @@ impl Inventory {
             .any(|range| range.contains(&address))
     }
 
+    /// The node of that name.
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name)
+    }
+
     /// The Service of that name.
     pub fn service(&self, name: &ObjectName) -> Option<&Service> {
         self.services.get(name)
@@ -273,6 +282,7 @@ mod tests {
             Some(Node {
                 addresses: vec![ip("10.99.0.1")],
                 pod_ranges: vec!["10.244.0.0/24".parse().unwrap()],
+                ..Node::default()
             }),
         );
         inventory.set_service_ranges(&"kubernetes".into(), vec!["10.96.0.0/16".parse().unwrap()]);

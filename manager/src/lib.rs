@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod dial;
 pub mod guarded_http;
 pub mod in_cluster;
+pub mod intercepts;
 pub mod inventory;
 pub mod listen;
 pub mod locator;

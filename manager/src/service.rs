@@ -10,11 +10,12 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout_at};
 use tp_manager_api::cluster_view::Health;
 use tp_manager_api::{CLUSTER_PATH, ClusterView, HEALTH_PATH};
-use tp_tunnel::Target;
 use tp_tunnel::proxy_status::DialError;
 use tp_tunnel::server::{Dialed, Service};
+use tp_tunnel::{Target, Workstation};
 
 use crate::dial::{Dialer, Reach};
+use crate::intercepts::Seat;
 
 /// Where the view of a session comes from.
 pub trait Views: Send + Sync + 'static {
@@ -35,6 +36,8 @@ pub struct SessionService<R, V> {
     pub reach: Arc<R>,
     /// What this session may see.
     pub views: V,
+    /// Where inbound flows of its intercepts come from, if there are any.
+    pub seat: Option<Seat>,
 }
 
 impl<R: Reach, V: Views> Service for SessionService<R, V> {
@@ -48,6 +51,12 @@ impl<R: Reach, V: Views> Service for SessionService<R, V> {
 
     fn resolve(&self, query: Bytes) -> BoxFuture<'_, Bytes> {
         Box::pin(async move { self.dialer.answer(&query, &*self.reach).await })
+    }
+
+    fn connected(&self, workstation: Workstation) {
+        if let Some(seat) = &self.seat {
+            seat.take(workstation);
+        }
     }
 
     fn control(&self, request: Request<Bytes>) -> BoxFuture<'_, Response<Bytes>> {

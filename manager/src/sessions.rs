@@ -33,6 +33,16 @@ pub struct LiveSession {
     key: KeyHash,
     created: Timestamp,
     standing: watch::Sender<Standing>,
+    replica: Mutex<Replica>,
+}
+
+/// The replica that the status of a Session names.
+#[derive(Clone, Debug)]
+pub struct Replica {
+    /// Its pod; none before the first connection.
+    pub name: Option<String>,
+    /// When we saw that.
+    pub since: Instant,
 }
 
 /// Whether a session may be used.
@@ -83,6 +93,28 @@ impl LiveSession {
                 _ = standing.changed() => {}
             }
         }
+    }
+
+    /// Whether it has ended.
+    pub fn is_over(&self) -> bool {
+        check(self.standing()).is_err()
+    }
+
+    /// Where its workstation connected last, as its status says.
+    pub fn replica(&self) -> Replica {
+        self.reported().clone()
+    }
+
+    fn set_replica(&self, session: &Session) {
+        let (name, mut known) = (replica(session), self.reported());
+        if known.name != name {
+            let since = Instant::now();
+            *known = Replica { name, since };
+        }
+    }
+
+    fn reported(&self) -> MutexGuard<'_, Replica> {
+        self.replica.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn standing(&self) -> Standing {
@@ -144,6 +176,16 @@ impl SessionTable {
             .unwrap_or(Err(NotAdmitted::Unknown))
     }
 
+    /// The Session of that name.
+    pub fn get(&self, name: &ObjectName) -> Option<Arc<LiveSession>> {
+        self.index().by_name.get(name).cloned()
+    }
+
+    /// Tells of every change.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
     /// Several Sessions may list one key, though only one can hold the private half. The oldest is its owner's: nobody
     /// can have copied the hash before it was written. Times have whole seconds, so a copy may be as old as its
     /// original; then neither is believed, since a guess would let the owner work in another's namespace.
@@ -191,7 +233,10 @@ impl SessionTable {
             .filter(|known| known.is_same(session))
             .cloned();
         match known {
-            Some(known) => drop(known.standing.send_replace(standing)),
+            Some(known) => {
+                known.standing.send_replace(standing);
+                known.set_replica(session);
+            }
             None => {
                 index.remove(&name);
                 index.insert(name, session, standing);
@@ -205,6 +250,7 @@ impl SessionTable {
     pub fn delete(&self, session: &Session) {
         if let Some(name) = object_name(session) {
             self.index().remove(&name);
+            self.changed.send_replace(());
         }
     }
 
@@ -264,6 +310,10 @@ impl Index {
                 .as_ref()
                 .map_or(Timestamp::MAX, |time| time.0),
             standing: watch::channel(standing).0,
+            replica: Mutex::new(Replica {
+                name: replica(session),
+                since: Instant::now(),
+            }),
         });
         self.by_key.entry(key).or_default().push(Arc::clone(&live));
         self.by_name.insert(name, live);
@@ -299,6 +349,10 @@ fn object_name(session: &Session) -> Option<ObjectName> {
         metadata.namespace.as_deref()?.into(),
         metadata.name.as_deref()?.into(),
     ))
+}
+
+fn replica(session: &Session) -> Option<String> {
+    session.status.as_ref()?.replica.clone()
 }
 
 /// Clocks of the API server and of this node may differ.

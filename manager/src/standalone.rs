@@ -202,6 +202,7 @@ impl Gate for KeyFile {
                 replica: Arc::clone(&self.name),
                 dialer: Arc::clone(&self.dialer),
                 reach: Arc::clone(&self.network),
+                seat: None,
                 views: FixedView(self.network.view(&self.name)),
             };
             let mut keys = self.keys.clone();

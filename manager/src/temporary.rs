@@ -136,6 +136,7 @@ impl OneKey {
             replica: Arc::clone(&self.name),
             dialer: Arc::clone(&self.dialer),
             reach: Arc::clone(&self.reach),
+            seat: None,
             views: OneView {
                 name: Arc::clone(&self.name),
                 reach: Arc::clone(&self.reach),

@@ -247,6 +247,8 @@ pub enum Reason {
     Name,
     /// There is no such Session, or it is somebody else's.
     Session,
+    /// Its user may not create Intercepts here any more.
+    Forbidden,
     /// The matchers cannot be used.
     Matchers,
     /// An older intercept of the port takes every request.
@@ -280,7 +282,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 22] = [
+    const ALL: [Self; 23] = [
         Self::Attached,
         Self::Attaching,
         Self::NoPods,
@@ -288,6 +290,7 @@ impl Reason {
         Self::NoWorkload,
         Self::Name,
         Self::Session,
+        Self::Forbidden,
         Self::Matchers,
         Self::Conflict,
         Self::PodSecurity,
@@ -315,6 +318,7 @@ impl Reason {
             Self::NoWorkload => "NoWorkload",
             Self::Name => "Name",
             Self::Session => "Session",
+            Self::Forbidden => "Forbidden",
             Self::Matchers => "Matchers",
             Self::Conflict => "Conflict",
             Self::PodSecurity => "PodSecurity",
@@ -344,6 +348,7 @@ impl Reason {
             Self::NoWorkload
             | Self::Name
             | Self::Session
+            | Self::Forbidden
             | Self::Matchers
             | Self::Conflict
             | Self::PodSecurity

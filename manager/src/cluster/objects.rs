@@ -105,9 +105,21 @@ pub(super) struct NodeFields {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct NodeStatus {
     #[serde(default)]
     addresses: Vec<NodeAddress>,
+    #[serde(default)]
+    node_info: NodeInfo,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct NodeInfo {
+    #[serde(default)]
+    architecture: Option<String>,
+    #[serde(default)]
+    operating_system: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -125,11 +137,14 @@ pub(super) fn read_node(node: &Object<NodeFields, NodeStatus>) -> Node {
         .filter_map(|text| text.parse().ok())
         .collect();
     pod_ranges.dedup();
+    let info = node.status.clone().unwrap_or_default().node_info;
     Node {
         addresses: addresses
             .filter_map(|address| address.address.parse().ok())
             .collect(),
         pod_ranges,
+        architecture: info.architecture,
+        system: info.operating_system,
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tokio::time::Instant;
-use tp_manager_api::{EGRESS, GROUP, SESSIONS};
+use tp_manager_api::{EGRESS, GROUP, INTERCEPTS, SESSIONS};
 
 /// Whose rights are asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -31,6 +31,8 @@ pub enum Right {
     EveryNamespace,
     /// Leave the cluster, granted in the namespace of the session.
     Egress(Arc<str>),
+    /// Divert requests of a namespace's workloads.
+    Intercepts(Arc<str>),
 }
 
 impl Right {
@@ -39,13 +41,16 @@ impl Right {
         match self {
             Self::Namespace(_) | Self::EveryNamespace => (SESSIONS, None),
             Self::Egress(_) => (SESSIONS, Some(EGRESS)),
+            Self::Intercepts(_) => (INTERCEPTS, None),
         }
     }
 
     /// Namespace of the review; empty for all.
     pub fn namespace(&self) -> &str {
         match self {
-            Self::Namespace(namespace) | Self::Egress(namespace) => namespace,
+            Self::Namespace(namespace) | Self::Egress(namespace) | Self::Intercepts(namespace) => {
+                namespace
+            }
             Self::EveryNamespace => "",
         }
     }
@@ -56,6 +61,9 @@ impl fmt::Display for Right {
         match self {
             Self::Namespace(namespace) => {
                 write!(f, "create {SESSIONS}.{GROUP} in namespace {namespace}")
+            }
+            Self::Intercepts(namespace) => {
+                write!(f, "create {INTERCEPTS}.{GROUP} in namespace {namespace}")
             }
             Self::EveryNamespace => write!(f, "create {SESSIONS}.{GROUP} in all namespaces"),
             Self::Egress(namespace) => write!(

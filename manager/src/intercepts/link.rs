@@ -1,0 +1,318 @@
+//! The connection to one agent: routes go in, matched flows come out and are joined with their workstations'.
+//!
+//! It dials until somebody answers with the agent's own key, pushes its table whenever it changes and within the lease,
+//! and keeps streams posted for the agent to answer. It decides nothing: the plan says which agent and which routes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use http::{Method, StatusCode};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+use tp_manager_api::RouteTable;
+use tp_manager_api::route_table::{LEASE, ROUTES_PATH};
+use tp_tunnel::carrier::ReadAhead;
+use tp_tunnel::carrier::tls::connect_tls;
+use tp_tunnel::{Identity, Incoming, KeyHash, OpenError, Settings, Tunnel, join};
+
+use super::plan::{LinkState, Trouble};
+use super::workstations::Workstations;
+use crate::listen::chain;
+
+/// An agent and how to know it.
+#[derive(Clone)]
+pub(super) struct Agent {
+    /// Where it listens.
+    pub(super) address: SocketAddr,
+    /// The key that it shows.
+    pub(super) key: KeyHash,
+    /// The manager's own.
+    pub(super) identity: Identity,
+}
+
+/// How long a SYN may stay unanswered.
+const CONNECT: Duration = Duration::from_secs(1);
+
+/// How long an agent may take from there to its first answer.
+const INTRODUCTION: Duration = Duration::from_secs(5);
+
+/// Between two tries: an agent that was just started listens within a fraction of a second.
+const REST: Duration = Duration::from_millis(50);
+
+/// Streams that wait for flows of the agent. As many can arrive at once; each is replaced as soon as it is answered.
+const POSTED: usize = 32;
+
+/// How often the lease is renewed.
+const RENEW: Duration = Duration::from_secs(LEASE.as_secs() / 3);
+
+/// How long an agent may take to answer.
+const ANSWER: Duration = Duration::from_secs(3);
+
+/// What is known of a connection; shared with who makes the plan.
+pub(super) struct Link {
+    /// Name of the agent's container.
+    pub(super) container: String,
+    table: watch::Sender<RouteTable>,
+    state: Arc<Mutex<LinkState>>,
+}
+
+/// The half that the task holds.
+pub(super) struct Ends {
+    table: watch::Receiver<RouteTable>,
+    state: Arc<Mutex<LinkState>>,
+    changed: watch::Sender<()>,
+}
+
+impl Link {
+    /// For a task that is about to run [`serve`]. Dropping it withdraws the routes; the task ends when the flows that it
+    /// carries have.
+    pub(super) fn new(
+        container: String,
+        table: RouteTable,
+        changed: watch::Sender<()>,
+    ) -> (Self, Ends) {
+        let (table_tx, table_rx) = watch::channel(table);
+        let state = Arc::new(Mutex::new(LinkState::Dialing {
+            since: Instant::now(),
+            trouble: None,
+        }));
+        let link = Self {
+            container,
+            table: table_tx,
+            state: Arc::clone(&state),
+        };
+        let ends = Ends {
+            table: table_rx,
+            state,
+            changed,
+        };
+        (link, ends)
+    }
+
+    /// Pushes another table.
+    pub(super) fn set(&self, table: RouteTable) {
+        self.table
+            .send_if_modified(|known| std::mem::replace(known, table.clone()) != table);
+    }
+
+    /// Where it got to.
+    pub(super) fn state(&self) -> LinkState {
+        lock(&self.state).clone()
+    }
+}
+
+impl Ends {
+    fn say(&self, state: LinkState) {
+        *lock(&self.state) = state;
+        self.changed.send_replace(());
+    }
+
+    fn trouble(&self, found: Trouble) {
+        let news = match &mut *lock(&self.state) {
+            LinkState::Dialing { trouble, .. } => trouble.replace(found.clone()) != Some(found),
+            LinkState::Connected { .. } => false,
+        };
+        if news {
+            self.changed.send_replace(());
+        }
+    }
+
+    fn withdrawn(&self) -> bool {
+        self.table.has_changed().is_err()
+    }
+}
+
+/// Serves one agent until its [`Link`] is dropped.
+pub(super) async fn serve(agent: Agent, mut ends: Ends, workstations: Arc<Workstations>) {
+    while !ends.withdrawn() {
+        match dial(&agent).await {
+            Ok((tunnel, driver)) => {
+                tracing::info!(address = %agent.address, "agent connected");
+                let mut tasks = JoinSet::new();
+                tasks.spawn(async move {
+                    let ended = driver.await;
+                    tracing::debug!(?ended, "agent's connection ended");
+                });
+                converse(&tunnel, &mut ends, &mut tasks, &workstations).await;
+                tracing::info!(address = %agent.address, "agent disconnected");
+                ends.say(LinkState::Dialing {
+                    since: Instant::now(),
+                    trouble: None,
+                });
+            }
+            Err(trouble) => ends.trouble(trouble),
+        }
+        tokio::time::sleep(REST).await;
+    }
+}
+
+async fn dial(agent: &Agent) -> Result<(Tunnel, tp_tunnel::Driver), Trouble> {
+    let tcp = match timeout(CONNECT, TcpStream::connect(agent.address)).await {
+        Ok(Ok(tcp)) => tcp,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            return Err(Trouble::Refused);
+        }
+        Ok(Err(error)) => return Err(Trouble::Other(error.to_string())),
+        Err(_) => return Err(Trouble::Silent),
+    };
+    if let Err(error) = tp_tunnel::carrier::tune(&tcp) {
+        tracing::debug!(%error, "cannot set socket options");
+    }
+    let introduced = timeout(INTRODUCTION, introduce(tcp, agent)).await;
+    introduced.unwrap_or_else(|_| Err(Trouble::Other("it does not answer".to_owned())))
+}
+
+async fn introduce(tcp: TcpStream, agent: &Agent) -> Result<(Tunnel, tp_tunnel::Driver), Trouble> {
+    let other = |error: &dyn std::error::Error| Trouble::Other(chain(error));
+    let tls = connect_tls(ReadAhead::new(tcp), &agent.identity, &agent.key)
+        .await
+        .map_err(|error| other(&error))?;
+    let settings = Settings {
+        // The agent drops a manager that is silent for three seconds.
+        ping_interval: Duration::from_secs(1),
+        ping_timeout: Duration::from_secs(3),
+        ..Settings::default()
+    };
+    Tunnel::establish_with(tls, settings)
+        .await
+        .map_err(|error| other(&error))
+}
+
+/// Routes and flows of one connection, until it ends or the routes are withdrawn and the last flow has ended.
+async fn converse(
+    tunnel: &Tunnel,
+    ends: &mut Ends,
+    tasks: &mut JoinSet<()>,
+    workstations: &Arc<Workstations>,
+) {
+    let mut accepting = JoinSet::new();
+    let flows = Arc::new(Mutex::new(JoinSet::new()));
+    for _ in 0..POSTED {
+        accepting.spawn(accept(
+            tunnel.clone(),
+            ends.table.clone(),
+            Arc::clone(workstations),
+            Arc::clone(&flows),
+        ));
+    }
+    tokio::select! {
+        () = push(tunnel, ends) => {}
+        () = tunnel.closed() => {}
+    }
+    accepting.shutdown().await;
+    let mut left = std::mem::take(&mut *lock(&flows));
+    let drained = async { while left.join_next().await.is_some() {} };
+    tokio::select! {
+        () = drained => {}
+        () = tunnel.closed() => {}
+    }
+    tasks.shutdown().await;
+}
+
+/// Pushes the table when it changes and when the lease needs it. Returns when the routes are withdrawn, or the agent does
+/// not take them.
+async fn push(tunnel: &Tunnel, ends: &mut Ends) {
+    loop {
+        let table = ends.table.borrow_and_update().clone();
+        if !put(tunnel, &table).await {
+            return;
+        }
+        let routed = table.ports.iter().flat_map(|port| &port.intercepts);
+        let routed: BTreeSet<_> = routed.map(|route| route.id.clone()).collect();
+        let known = matches!(&*lock(&ends.state), LinkState::Connected { routed: known, .. } if *known == routed);
+        if !known {
+            ends.say(LinkState::Connected {
+                routed,
+                open_before: BTreeMap::new(),
+            });
+        }
+        match timeout(RENEW, ends.table.changed()).await {
+            Ok(Ok(())) | Err(_) => {}
+            Ok(Err(_)) => {
+                put(tunnel, &RouteTable::default()).await;
+                return;
+            }
+        }
+    }
+}
+
+async fn put(tunnel: &Tunnel, table: &RouteTable) -> bool {
+    let body = serde_json::to_vec(table).expect("a table is always JSON");
+    let answer = tunnel.control(Method::PUT, ROUTES_PATH, body.into());
+    match timeout(ANSWER, answer).await {
+        Ok(Ok(answer)) if answer.status() == StatusCode::NO_CONTENT => true,
+        Ok(Ok(answer)) => {
+            let why = String::from_utf8_lossy(answer.body()).into_owned();
+            tracing::error!(status = %answer.status(), why, "an agent refuses its routes");
+            false
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(error = chain(&error), "an agent does not take its routes");
+            false
+        }
+        Err(_) => {
+            tracing::warn!("an agent does not answer");
+            false
+        }
+    }
+}
+
+/// Keeps one stream posted.
+async fn accept(
+    tunnel: Tunnel,
+    table: watch::Receiver<RouteTable>,
+    workstations: Arc<Workstations>,
+    flows: Arc<Mutex<JoinSet<()>>>,
+) {
+    loop {
+        match tunnel.accept().await {
+            Ok(incoming) => {
+                let mut flows = lock(&flows);
+                while flows.try_join_next().is_some() {}
+                // An agent is believed about its own intercepts and no others.
+                if routes(&table.borrow(), incoming.intercept()) {
+                    flows.spawn(carry(incoming, Arc::clone(&workstations)));
+                }
+            }
+            Err(OpenError::Reset(_)) if !tunnel.is_closed() => tokio::time::sleep(REST).await,
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "no more flows of an agent");
+                return;
+            }
+        }
+    }
+}
+
+fn routes(table: &RouteTable, intercept: &str) -> bool {
+    let mut routes = table.ports.iter().flat_map(|port| &port.intercepts);
+    routes.any(|route| route.id == intercept)
+}
+
+/// One flow, from the agent's offer to its end. The workstation is asked first; what it does not take, the agent gets back
+/// at once.
+async fn carry(mut incoming: Incoming, workstations: Arc<Workstations>) {
+    let (intercept, peer) = (incoming.intercept().to_owned(), incoming.peer());
+    let opened = tokio::select! {
+        opened = workstations.open(&intercept, peer) => opened,
+        () = incoming.cancelled() => return,
+    };
+    match opened {
+        Ok(there) => match incoming.opened().await {
+            Ok(here) => join(here, there).await,
+            Err(error) => tracing::debug!(%error, "the agent gave up"),
+        },
+        Err(error) => {
+            tracing::debug!(%error, intercept, "flow refused");
+            incoming.refuse().await;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

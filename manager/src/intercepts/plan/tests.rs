@@ -1,0 +1,445 @@
+use std::cell::Cell;
+
+use serde_json::{Value, json};
+
+use super::super::pod::tests::{pod, with_agents};
+use super::*;
+
+/// A world that is built up step by step; asking it makes the plan.
+struct Case {
+    held: Vec<Held>,
+    scene: Scene,
+    links: BTreeMap<PodUid, LinkView>,
+    attaching: BTreeSet<PodUid>,
+    not_let_in: BTreeMap<PodUid, NotLetIn>,
+    workloads: BTreeMap<(Arc<str>, Workload), bool>,
+    policies: BTreeMap<PodUid, Vec<String>>,
+    node: Cell<Option<Node>>,
+    now: Instant,
+}
+
+fn held() -> Held {
+    let matchers = json!([{ "header": { "name": "x-user", "exact": "ada" } }]);
+    Held {
+        name: ("shop".into(), "web-1".into()),
+        id: "id-1".into(),
+        created: 7,
+        workload: Workload {
+            kind: WorkloadKind::Deployment,
+            name: "web".into(),
+        },
+        port: 8080,
+        matchers: serde_json::from_value(matchers).unwrap(),
+        strict: false,
+        attach: AttachMode::Auto,
+        connected: true,
+        problem: None,
+    }
+}
+
+impl Case {
+    fn new(pods: Vec<PodFacts>) -> Self {
+        let scene = Scene {
+            pods: pods
+                .into_iter()
+                .map(|pod| (Arc::clone(&pod.name), pod))
+                .collect(),
+            replica_sets: [("web-5d".into(), ("Deployment".to_owned(), "web".to_owned()))].into(),
+            listed: true,
+        };
+        Self {
+            held: vec![held()],
+            scene,
+            links: BTreeMap::new(),
+            attaching: BTreeSet::new(),
+            not_let_in: BTreeMap::new(),
+            workloads: BTreeMap::new(),
+            policies: BTreeMap::new(),
+            node: Cell::default(),
+            now: Instant::now(),
+        }
+    }
+
+    fn plan(&self) -> Plan {
+        let scenes = [(Arc::from("shop"), self.scene.clone())].into();
+        plan(&World {
+            held: &self.held,
+            scenes: &scenes,
+            node: &|_| {
+                let node = self.node.take();
+                self.node.set(node.clone());
+                node
+            },
+            links: &self.links,
+            attaching: &self.attaching,
+            not_let_in: &self.not_let_in,
+            workloads: &self.workloads,
+            policies: &self.policies,
+            own_namespace: "tp-system",
+            now: self.now,
+        })
+    }
+
+    fn reason(&self) -> Option<Reason> {
+        let plan = self.plan();
+        plan.reports[0]
+            .problem
+            .as_ref()
+            .map(|problem| problem.reason)
+    }
+
+    fn linked(mut self, pod: &str, container: &str, state: LinkState) -> Self {
+        let view = LinkView {
+            container: container.into(),
+            state,
+        };
+        self.links
+            .insert(format!("uid-{pod}").as_str().into(), view);
+        self
+    }
+}
+
+fn running(name: &str) -> PodFacts {
+    pod(
+        name,
+        with_agents(&[("tp-agent-0-1-0-1", json!({ "running": {} }))]),
+    )
+}
+
+fn connected(ids: &[&str]) -> LinkState {
+    LinkState::Connected {
+        routed: ids.iter().map(|id| (*id).to_owned()).collect(),
+        open_before: [(8080, 2)].into(),
+    }
+}
+
+fn dialing(now: Instant, ago: Duration, trouble: Option<Trouble>) -> LinkState {
+    let since = now.checked_sub(ago).unwrap();
+    LinkState::Dialing { since, trouble }
+}
+
+#[test]
+fn a_pod_gets_an_agent_then_a_connection_then_routes() {
+    let case = Case::new(vec![pod("a", json!({}))]);
+    let plan = case.plan();
+    assert_eq!(plan.attach[0].container, "tp-agent-0-1-0-1");
+    assert!(plan.links.is_empty());
+    assert_eq!(case.reason(), Some(Reason::Attaching));
+
+    let mut under_way = Case::new(vec![pod("a", json!({}))]);
+    under_way.attaching.insert("uid-a".into());
+    assert!(under_way.plan().attach.is_empty());
+
+    let added = with_agents(&[("tp-agent-0-1-0-1", Value::Null)]);
+    let case = Case::new(vec![pod("a", added)]);
+    let plan = case.plan();
+    assert!(plan.attach.is_empty());
+    let wanted = &plan.links["uid-a"];
+    assert_eq!(wanted.address, "10.244.0.7:15008".parse().unwrap());
+    assert_eq!(wanted.table.ports[0].intercepts[0].id, "id-1");
+    assert_eq!(wanted.table.check(), Ok(()));
+    assert_eq!(case.reason(), Some(Reason::Attaching));
+
+    let case = Case::new(vec![running("a")]).linked("a", "tp-agent-0-1-0-1", connected(&[]));
+    assert_eq!(case.reason(), Some(Reason::Attaching));
+    let case = Case::new(vec![running("a")]).linked("a", "tp-agent-0-1-0-1", connected(&["id-1"]));
+    assert_eq!(case.reason(), None);
+    assert_eq!(case.plan().reports[0].open_before, Some(2));
+}
+
+#[test]
+fn every_pod_of_the_workload_counts_and_no_other() {
+    let other = json!({ "metadata": { "ownerReferences": [{ "apiVersion": "apps/v1", "kind": "ReplicaSet",
+        "name": "other-7", "uid": "r", "controller": true }] } });
+    let going = json!({ "metadata": { "deletionTimestamp": "2026-01-01T00:00:00Z" } });
+    let coming = json!({ "status": { "phase": "Pending", "podIP": null } });
+    let case = Case::new(vec![
+        running("a"),
+        running("b"),
+        pod("c", other),
+        pod("d", going),
+        pod("e", coming),
+    ])
+    .linked("a", "tp-agent-0-1-0-1", connected(&["id-1"]))
+    .linked("b", "tp-agent-0-1-0-1", connected(&["id-1"]));
+
+    let plan = case.plan();
+
+    // One that is about to start gets its agent now, and is not waited for.
+    let attached: Vec<_> = plan.attach.iter().map(|attach| &*attach.pod).collect();
+    assert_eq!(attached, ["e"]);
+    let counted: Vec<_> = plan.reports[0]
+        .pods
+        .iter()
+        .map(|(name, _)| &**name)
+        .collect();
+    assert_eq!(counted, ["a", "b"]);
+    assert_eq!(plan.reports[0].problem, None);
+    assert_eq!(plan.reports[0].open_before, Some(4));
+}
+
+#[test]
+fn two_intercepts_of_a_pod_share_its_connection() {
+    let mut case = Case::new(vec![running("a")]);
+    let mut second = held();
+    second.id = "id-2".into();
+    second.matchers = Matchers::default();
+    let mut third = held();
+    (third.id, third.port) = ("id-3".into(), 9090);
+    case.held.extend([second, third]);
+
+    let table = &case.plan().links["uid-a"].table;
+
+    let ids = |port: &PortRoutes| -> Vec<String> {
+        port.intercepts
+            .iter()
+            .map(|route| route.id.clone())
+            .collect()
+    };
+    assert_eq!(ids(&table.ports[0]), ["id-1", "id-2"]);
+    assert_eq!(
+        (table.ports[1].listen, ids(&table.ports[1])),
+        (9090, vec!["id-3".into()])
+    );
+}
+
+#[test]
+fn an_intercept_with_a_problem_leaves_pods_alone() {
+    let mut case = Case::new(vec![running("a"), pod("b", json!({}))]);
+    case.held[0].problem = Some(Problem::passing(Reason::NoWorkstation, "away"));
+
+    let plan = case.plan();
+
+    assert!(plan.links.is_empty() && plan.attach.is_empty());
+    assert_eq!(case.reason(), Some(Reason::NoWorkstation));
+}
+
+#[test]
+fn a_workstation_that_left_a_moment_ago_keeps_its_routes() {
+    let mut case =
+        Case::new(vec![running("a")]).linked("a", "tp-agent-0-1-0-1", connected(&["id-1"]));
+    case.held[0].connected = false;
+
+    assert_eq!(case.reason(), Some(Reason::NoWorkstation));
+    assert!(!case.plan().links["uid-a"].table.ports.is_empty());
+}
+
+#[test]
+fn an_agent_that_has_ended_is_followed_by_another_until_too_many_failed() {
+    let ended = |seconds: &str| {
+        json!({ "terminated": { "exitCode": 1, "message": "no nf_tables",
+        "startedAt": "2026-01-01T00:00:00Z", "finishedAt": format!("2026-01-01T00:00:{seconds}Z") } })
+    };
+    let case = |agents: &[(&str, Value)]| Case::new(vec![pod("a", with_agents(agents))]);
+
+    let killed = case(&[("tp-agent-0-1-0-1", ended("30"))]);
+    assert_eq!(killed.plan().attach[0].container, "tp-agent-0-1-0-2");
+    // The API server puts the newest first.
+    let swapped = case(&[
+        ("tp-agent-0-1-0-2", json!({ "running": {} })),
+        ("tp-agent-0-1-0-1", ended("30")),
+    ]);
+    assert!(swapped.plan().attach.is_empty());
+    assert_eq!(swapped.plan().links["uid-a"].container, "tp-agent-0-1-0-2");
+    let names: Vec<_> = (1..=20)
+        .map(|number| format!("tp-agent-x-{number}"))
+        .collect();
+    let many: Vec<_> = names
+        .iter()
+        .map(|name| (name.as_str(), ended("30")))
+        .collect();
+    assert_eq!(case(&many).reason(), Some(Reason::AgentFails));
+    let failed = [("x-1", ended("01")), ("x-2", ended("02"))]
+        .map(|(name, state)| (format!("tp-agent-{name}"), state));
+    let mut agents: Vec<_> = failed
+        .iter()
+        .map(|(name, state)| (name.as_str(), state.clone()))
+        .collect();
+    assert_eq!(case(&agents).plan().attach.len(), 1);
+    agents.push(("tp-agent-x-3", ended("03")));
+    let given_up = case(&agents);
+    assert!(given_up.plan().attach.is_empty());
+    assert_eq!(given_up.reason(), Some(Reason::AgentFails));
+    // One that stayed up in between begins the count anew.
+    agents.push(("tp-agent-x-4", ended("50")));
+    assert_eq!(case(&agents).plan().attach.len(), 1);
+}
+
+#[test]
+fn what_keeps_an_agent_out_is_named_with_its_cure() {
+    let waiting = |reason: &str, message: &str| {
+        let state = json!({ "waiting": { "reason": reason, "message": message } });
+        with_agents(&[("tp-agent-0-1-0-1", state)])
+    };
+    for (change, reason) in [
+        (
+            json!({ "spec": { "hostNetwork": true } }),
+            Reason::HostNetwork,
+        ),
+        (json!({ "spec": { "hostPID": true } }), Reason::HostNetwork),
+        (
+            json!({ "metadata": { "annotations": { "kubernetes.io/config.mirror": "x" } } }),
+            Reason::StaticPod,
+        ),
+        (
+            json!({ "spec": { "os": { "name": "windows" } } }),
+            Reason::OperatingSystem,
+        ),
+        (
+            json!({ "spec": { "containers": [{ "name": "linkerd-proxy", "image": "x" }] } }),
+            Reason::Mesh,
+        ),
+        (waiting("ImagePullBackOff", "not found"), Reason::ImagePull),
+        (
+            waiting("ErrImagePull", "no match for platform in manifest"),
+            Reason::Architecture,
+        ),
+        (
+            waiting("CreateContainerError", "exists"),
+            Reason::AgentFails,
+        ),
+    ] {
+        let case = Case::new(vec![pod("a", change)]);
+        let plan = case.plan();
+        let problem = plan.reports[0].problem.clone().unwrap();
+        assert_eq!(problem.reason, reason);
+        assert!(
+            problem.cure.is_some() && problem.reason.is_lasting(),
+            "{problem:?}"
+        );
+        assert!(plan.attach.is_empty() && plan.links.is_empty(), "{reason}");
+    }
+    let mut case = Case::new(vec![pod("a", json!({}))]);
+    case.held[0].attach = AttachMode::Sidecar;
+    assert_eq!(case.reason(), Some(Reason::Sidecar));
+    let case = Case::new(vec![pod("a", json!({}))]);
+    case.node.set(Some(Node {
+        system: Some("windows".into()),
+        ..Node::default()
+    }));
+    assert_eq!(case.reason(), Some(Reason::OperatingSystem));
+}
+
+#[test]
+fn nothing_is_attached_in_the_clusters_own_namespace_and_the_managers() {
+    for namespace in ["kube-system", "tp-system"] {
+        let mut case = Case::new(vec![pod("a", json!({}))]);
+        case.held[0].name.0 = namespace.into();
+        let scenes = [(Arc::from(namespace), case.scene.clone())].into();
+        let plan = plan(&World {
+            held: &case.held,
+            scenes: &scenes,
+            node: &|_| None,
+            links: &case.links,
+            attaching: &case.attaching,
+            not_let_in: &case.not_let_in,
+            workloads: &case.workloads,
+            policies: &case.policies,
+            own_namespace: "tp-system",
+            now: case.now,
+        });
+
+        let problem = plan.reports[0].problem.clone().unwrap();
+        assert_eq!(problem.reason, Reason::Namespace);
+        assert!(plan.attach.is_empty());
+    }
+}
+
+#[test]
+fn a_refusal_stands_until_it_is_time_to_try_again() {
+    let mut case = Case::new(vec![pod("a", json!({}))]);
+    let problem = Problem::lasting(Reason::PodSecurity, "baseline", "relax it");
+    let again = case.now + Duration::from_secs(5);
+    case.not_let_in
+        .insert("uid-a".into(), NotLetIn { problem, again });
+
+    assert!(case.plan().attach.is_empty());
+    assert_eq!(case.reason(), Some(Reason::PodSecurity));
+
+    case.now = again;
+    assert_eq!(case.plan().attach.len(), 1);
+    // The same words until the answer is there.
+    assert_eq!(case.reason(), Some(Reason::PodSecurity));
+}
+
+#[test]
+fn an_agent_out_of_reach_is_named_after_a_moment() {
+    let now = Instant::now();
+    let at = |ago: u64, trouble| {
+        let mut case = Case::new(vec![running("a")]);
+        case.now = now;
+        let state = dialing(now, Duration::from_millis(ago), Some(trouble));
+        case.linked("a", "tp-agent-0-1-0-1", state)
+    };
+
+    assert_eq!(at(2000, Trouble::Silent).reason(), Some(Reason::Attaching));
+    let mut silent = at(3000, Trouble::Silent);
+    assert_eq!(silent.reason(), Some(Reason::Unreachable));
+    assert_eq!(silent.plan().look_at.len(), 1);
+    silent
+        .policies
+        .insert("uid-a".into(), vec!["deny-all".into()]);
+    let plan = silent.plan();
+    assert!(plan.look_at.is_empty());
+    assert!(
+        plan.reports[0]
+            .problem
+            .as_ref()
+            .unwrap()
+            .message()
+            .contains("deny-all")
+    );
+    // An agent that has just ended refuses, until its node says that it has.
+    let refused = |ago| at(ago, Trouble::Refused).reason();
+    assert_eq!(refused(3000), Some(Reason::Attaching));
+    assert_eq!(refused(9000), Some(Reason::AgentFails));
+    // A connection to the agent before says nothing about this one.
+    let before =
+        Case::new(vec![running("a")]).linked("a", "tp-agent-0-1-0-0", connected(&["id-1"]));
+    assert_eq!(before.reason(), Some(Reason::Attaching));
+}
+
+#[test]
+fn a_workload_that_is_not_there_is_told_from_one_without_pods() {
+    let mut case = Case::new(vec![]);
+    assert_eq!(case.reason(), Some(Reason::NoPods));
+    let place = case.plan().look_for.into_iter().next().unwrap();
+
+    case.workloads.insert(place.clone(), true);
+    assert_eq!(case.reason(), Some(Reason::NoPods));
+    assert!(case.plan().look_for.is_empty());
+    case.workloads.insert(place, false);
+    assert_eq!(case.reason(), Some(Reason::NoWorkload));
+    // Nothing is said before everything was seen.
+    case.scene.listed = false;
+    assert_eq!(case.reason(), Some(Reason::Attaching));
+}
+
+#[test]
+fn each_kind_of_workload_finds_its_pods() {
+    let of = |kind: &str, name: &str| {
+        json!({ "metadata": { "ownerReferences": [{ "apiVersion": "apps/v1", "kind": kind, "name": name,
+            "uid": "o", "controller": true }] } })
+    };
+    let scene = Case::new(vec![
+        pod("deployed", json!({})),
+        pod("stateful", of("StatefulSet", "web")),
+        pod("daemon", of("DaemonSet", "web")),
+        pod("bare", json!({ "metadata": { "ownerReferences": [] } })),
+    ])
+    .scene;
+    for (kind, name, expected) in [
+        (WorkloadKind::Deployment, "web", "deployed"),
+        (WorkloadKind::ReplicaSet, "web-5d", "deployed"),
+        (WorkloadKind::StatefulSet, "web", "stateful"),
+        (WorkloadKind::DaemonSet, "web", "daemon"),
+        (WorkloadKind::Pod, "bare", "bare"),
+    ] {
+        let workload = Workload {
+            kind,
+            name: name.into(),
+        };
+        let found: Vec<_> = scene.pods_of(&workload).map(|pod| &*pod.name).collect();
+        assert_eq!(found, [expected], "{workload}");
+    }
+}

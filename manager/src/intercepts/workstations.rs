@@ -1,0 +1,220 @@
+//! The workstations that are connected to this replica, and how flows of their intercepts get to them.
+//!
+//! A workstation that has gone keeps its place for a lease: its carrier may only have been replaced, and until then its
+//! requests fall back to the application one by one, as the agent marks them. Knows nothing of pods.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tp_manager_api::route_table::LEASE;
+use tp_tunnel::{Flow, NotOpened, Workstation};
+
+/// Uid of a Session.
+pub(super) type SessionUid = Arc<str>;
+
+/// All of them. One a process.
+pub struct Workstations {
+    inner: Mutex<Inner>,
+    changed: watch::Sender<()>,
+}
+
+#[derive(Default)]
+struct Inner {
+    places: HashMap<SessionUid, Place>,
+    /// Whose an intercept is.
+    owners: BTreeMap<String, SessionUid>,
+    last: u64,
+}
+
+/// Where one session's connections are. Several while one takes over from another.
+#[derive(Default)]
+struct Place {
+    connections: Vec<Arc<Connection>>,
+    left: Option<Instant>,
+}
+
+struct Connection {
+    id: u64,
+    since: Instant,
+    workstation: Workstation,
+    /// An offer was not answered in time. Then one offer at a time finds out whether that has changed, and all others
+    /// fall back at once.
+    suspect: AtomicBool,
+    probing: AtomicBool,
+}
+
+/// Whether a session's workstation is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Here {
+    /// Connected, the newest connection since then.
+    Now(Instant),
+    /// It was, less than a lease ago.
+    Lately,
+    /// No.
+    No,
+}
+
+/// What one connection needs to be among them, for as long as it lasts.
+pub struct Seat {
+    workstations: Arc<Workstations>,
+    session: SessionUid,
+    taken: OnceLock<Presence>,
+}
+
+/// Ends the place when it is dropped.
+struct Presence {
+    workstations: Arc<Workstations>,
+    session: SessionUid,
+    id: u64,
+}
+
+impl Seat {
+    /// For a connection by the session of this uid.
+    pub fn new(workstations: Arc<Workstations>, session: &str) -> Self {
+        Self {
+            workstations,
+            session: session.into(),
+            taken: OnceLock::new(),
+        }
+    }
+
+    /// The connection is up.
+    pub fn take(&self, workstation: Workstation) {
+        self.taken
+            .get_or_init(|| self.workstations.enter(&self.session, workstation));
+    }
+}
+
+impl Default for Workstations {
+    fn default() -> Self {
+        Self {
+            inner: Mutex::default(),
+            changed: watch::channel(()).0,
+        }
+    }
+}
+
+impl Workstations {
+    /// A workstation has connected by this session.
+    fn enter(self: &Arc<Self>, session: &SessionUid, workstation: Workstation) -> Presence {
+        let session = Arc::clone(session);
+        let mut inner = self.inner();
+        inner.last += 1;
+        let id = inner.last;
+        let place = inner.places.entry(Arc::clone(&session)).or_default();
+        place.left = None;
+        place.connections.push(Arc::new(Connection {
+            id,
+            since: Instant::now(),
+            workstation,
+            suspect: AtomicBool::new(false),
+            probing: AtomicBool::new(false),
+        }));
+        drop(inner);
+        self.changed.send_replace(());
+        Presence {
+            workstations: Arc::clone(self),
+            session,
+            id,
+        }
+    }
+
+    /// Whether the session's workstation is here.
+    pub(super) fn here(&self, session: &str) -> Here {
+        let inner = self.inner();
+        let Some(place) = inner.places.get(session) else {
+            return Here::No;
+        };
+        match (place.connections.last(), place.left) {
+            (Some(newest), _) => Here::Now(newest.since),
+            (None, Some(left)) if left.elapsed() < LEASE => Here::Lately,
+            (None, _) => Here::No,
+        }
+    }
+
+    /// Tells when somebody came or went.
+    pub(super) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Says whose each intercept is. What is not listed is nobody's from now on.
+    pub(super) fn assign(&self, owners: BTreeMap<String, SessionUid>) {
+        let mut inner = self.inner();
+        inner.owners = owners;
+        let gone = |place: &Place| place.left.is_some_and(|left| left.elapsed() >= LEASE);
+        inner.places.retain(|_, place| !gone(place));
+    }
+
+    /// Offers a flow of this intercept to its workstation, the newest connection first. Dropping the future takes the
+    /// offer back.
+    ///
+    /// # Errors
+    /// It was not taken; nothing of the flow was sent.
+    pub(super) async fn open(&self, intercept: &str, peer: SocketAddr) -> Result<Flow, NotOpened> {
+        for connection in self.connections(intercept) {
+            match connection.open(intercept, peer).await {
+                Err(NotOpened::Closed) => {}
+                outcome => return outcome,
+            }
+        }
+        Err(NotOpened::Closed)
+    }
+
+    fn connections(&self, intercept: &str) -> Vec<Arc<Connection>> {
+        let inner = self.inner();
+        let owner = inner.owners.get(intercept);
+        let place = owner.and_then(|session| inner.places.get(session));
+        let connections = place.into_iter().flat_map(|place| &place.connections);
+        connections.rev().map(Arc::clone).collect()
+    }
+
+    fn leave(&self, session: &str, id: u64) {
+        let mut inner = self.inner();
+        if let Some(place) = inner.places.get_mut(session) {
+            place.connections.retain(|connection| connection.id != id);
+            if place.connections.is_empty() {
+                place.left = Some(Instant::now());
+            }
+        }
+        drop(inner);
+        self.changed.send_replace(());
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Connection {
+    async fn open(&self, intercept: &str, peer: SocketAddr) -> Result<Flow, NotOpened> {
+        if self.suspect.load(Relaxed) && self.probing.swap(true, Relaxed) {
+            return Err(NotOpened::TimedOut);
+        }
+        let _probe = Probe(&self.probing);
+        let outcome = self.workstation.open(intercept, peer).await;
+        let silent = matches!(outcome, Err(NotOpened::TimedOut));
+        if self.suspect.swap(silent, Relaxed) != silent {
+            tracing::info!(silent, intercept, "workstation");
+        }
+        outcome
+    }
+}
+
+/// Lets the next offer find out, also when this one was dropped.
+struct Probe<'a>(&'a AtomicBool);
+
+impl Drop for Probe<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Relaxed);
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.workstations.leave(&self.session, self.id);
+    }
+}
