@@ -7,7 +7,7 @@ use serde::Serialize;
 use tp_manager_api::MANAGER_NAMESPACE;
 
 use crate::daemon;
-use crate::install::remove;
+use crate::install::{agents, remove};
 use crate::kubeconfig::{self, Selectors};
 use crate::report::{self, Failure, Output};
 
@@ -17,6 +17,9 @@ pub struct Args {
     /// Leave nothing behind: sessions, definitions, policies, roles, the key and the namespace go as well, and your connections end
     #[arg(long)]
     pub everything: bool,
+    /// Restart the workloads whose pods keep an agent, as `kubectl rollout restart` does; without it they are named
+    #[arg(long, requires = "everything")]
+    pub restart_pods: bool,
     /// Namespace of the manager
     #[arg(long, value_name = "NAMESPACE", default_value = MANAGER_NAMESPACE)]
     pub manager_namespace: String,
@@ -33,6 +36,8 @@ struct Gone {
     server: String,
     connections_ended: u64,
     removed: Vec<String>,
+    restarted: Vec<String>,
+    pods_with_agents: Vec<String>,
 }
 
 /// Removes, and waits until what was removed is gone.
@@ -54,10 +59,23 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
         let work = remove::manager(&cluster, &args.manager_namespace, args.timeout);
         report::step("removing the manager", work).await?
     };
+    let kept = match args.everything {
+        true => report::step("looking for agents", agents::kept(&cluster)).await?,
+        false => Vec::new(),
+    };
+    let restarted = match args.restart_pods {
+        true => report::step("restarting pods", agents::restart(&cluster, &kept)).await?,
+        false => Vec::new(),
+    };
+    let named = kept
+        .iter()
+        .map(|kept| format!("{}/{}", kept.namespace, kept.pod));
     let gone = Gone {
         server: cluster.server,
         connections_ended,
         removed,
+        restarted,
+        pods_with_agents: named.collect(),
     };
     output.print(&gone, || told(&gone, args.everything))?;
     Ok(ExitCode::SUCCESS)
@@ -74,6 +92,16 @@ fn told(gone: &Gone, everything: bool) -> String {
             "ended {}",
             report::counted(gone.connections_ended, "connection")
         ));
+    }
+    let restarted = gone.restarted.iter();
+    lines.extend(restarted.map(|workload| format!("restarted {}", report::escaped(workload))));
+    if !gone.pods_with_agents.is_empty() && gone.restarted.is_empty() {
+        let pods = report::counted(gone.pods_with_agents.len() as u64, "pod");
+        lines.push(format!(
+            "{pods} keep an agent that does nothing any more until they are replaced (`--restart-pods` does that):"
+        ));
+        let pods = gone.pods_with_agents.iter();
+        lines.extend(pods.map(|pod| format!("  {}", report::escaped(pod))));
     }
     match (lines.is_empty(), everything) {
         (true, _) => "there was nothing to remove".to_owned(),

@@ -8,6 +8,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use serde_json::{Value, json};
 use tp_manager_api::{MANAGER_NAME, MANAGER_NAMESPACE};
 
+pub mod agents;
 pub mod apply;
 pub mod diagnose;
 pub mod manifests;

@@ -9,9 +9,9 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt, stream};
 use kube::api::{DeleteParams, DynamicObject, ListParams, Preconditions, PropagationPolicy};
 use kube::runtime::wait::{await_condition, conditions};
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client, Resource, ResourceExt};
 use serde_json::{Value, json};
-use tp_manager_api::{KEY_SECRET, MANAGER_NAME};
+use tp_manager_api::{Intercept, KEY_SECRET, MANAGER_NAME};
 
 use super::manifests::{self, Layer};
 use super::{OURS, Settings, apply};
@@ -54,7 +54,7 @@ pub async fn manager(
     .await
 }
 
-/// Removes every object of ours.
+/// Removes every object of ours. Intercepts go first, while the manager is there to take their routes out of agents.
 ///
 /// # Errors
 /// What the API server refuses, or an object that is not gone within `within`.
@@ -65,7 +65,7 @@ pub async fn everything(
 ) -> Result<Vec<Removed>, Failure> {
     gone_within(within, async {
         let client = &cluster.client;
-        let mut removed = Vec::new();
+        let mut removed = intercepts(client).await?;
         for kinds in SWEEP {
             for kind in *kinds {
                 removed.extend(sweep(client, kind).await?);
@@ -124,6 +124,25 @@ async fn gone_within<T>(
         .because("an object's finalizer is still waited for")
         .hint("run it again, or see `kubectl get all,crd -A -l app.kubernetes.io/managed-by=tp`")),
     }
+}
+
+/// Users made them, so they have no label of ours.
+async fn intercepts(client: &Client) -> Result<Vec<Removed>, Failure> {
+    let (version, kind) = (Intercept::api_version(&()), Intercept::kind(&()));
+    let all: Api<Intercept> = Api::all(client.clone());
+    let found = match all.list(&ListParams::default()).await {
+        Ok(found) => found.items,
+        Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let objects = found.iter().map(|intercept| {
+        json!({
+            "apiVersion": version,
+            "kind": kind,
+            "metadata": { "name": intercept.name_any(), "namespace": intercept.namespace() },
+        })
+    });
+    delete_named(client, objects.collect()).await
 }
 
 async fn sweep(client: &Client, (version, kind): &Kind) -> Result<Vec<Removed>, Failure> {

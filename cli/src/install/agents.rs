@@ -1,0 +1,170 @@
+//! Pods that keep an agent. Kubernetes never takes an ephemeral container out of a pod, so it is there, without a rule and
+//! without a manager, until the pod is replaced.
+
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ListParams, Patch, PatchParams};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use tp_manager_api::AGENT_PREFIX;
+
+use super::FIELD_MANAGER;
+use crate::kubeconfig::Cluster;
+use crate::report::{Failure, is_denial};
+
+/// Pods asked for at a time.
+const PAGE: u32 = 500;
+
+/// A pod with an agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub pod: String,
+    controller: Option<(String, String)>,
+}
+
+/// All pods that have not ended and have an agent. Without the right to look everywhere, none.
+///
+/// # Errors
+/// When the API server cannot be asked.
+pub async fn kept(cluster: &Cluster) -> Result<Vec<Kept>, Failure> {
+    let pods: Api<Pod> = Api::all(cluster.client.clone());
+    let (mut kept, mut next) = (Vec::new(), None);
+    loop {
+        let params = ListParams {
+            limit: Some(PAGE),
+            continue_token: next,
+            ..ListParams::default()
+        };
+        let page = match pods.list(&params).await {
+            Ok(page) => page,
+            Err(error) if is_denial(&error) => return Ok(Vec::new()),
+            Err(error) => return Err(error.into()),
+        };
+        kept.extend(page.items.iter().filter_map(with_agent));
+        next = page.metadata.continue_.filter(|token| !token.is_empty());
+        if next.is_none() {
+            return Ok(kept);
+        }
+    }
+}
+
+fn with_agent(pod: &Pod) -> Option<Kept> {
+    let spec = pod.spec.as_ref()?;
+    let phase = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref());
+    let mut names = spec.ephemeral_containers.iter().flatten();
+    let has = names.any(|container| container.name.starts_with(AGENT_PREFIX));
+    let lives =
+        !matches!(phase, Some("Succeeded" | "Failed")) && pod.metadata.deletion_timestamp.is_none();
+    (has && lives).then(|| Kept {
+        namespace: pod.namespace().unwrap_or_default(),
+        pod: pod.name_any(),
+        controller: controller(pod.owner_references()),
+    })
+}
+
+fn controller(owners: &[OwnerReference]) -> Option<(String, String)> {
+    let owner = owners.iter().find(|owner| owner.controller == Some(true))?;
+    Some((owner.kind.clone(), owner.name.clone()))
+}
+
+/// Rolls the workloads of these pods, each once, as `kubectl rollout restart` does. Returns what was rolled; pods that
+/// nothing makes anew are left alone.
+///
+/// # Errors
+/// What the API server refuses.
+pub async fn restart(cluster: &Cluster, kept: &[Kept]) -> Result<Vec<String>, Failure> {
+    let client = &cluster.client;
+    let mut workloads = Vec::new();
+    for pod in kept {
+        if let Some(workload) = workload(client, pod).await? {
+            workloads.push((pod.namespace.clone(), workload));
+        }
+    }
+    workloads.sort();
+    workloads.dedup();
+    let mut rolled = Vec::new();
+    for (namespace, (kind, name)) in workloads {
+        let known = match kind.as_str() {
+            "Deployment" => roll::<Deployment>(client, &namespace, &name).await,
+            "StatefulSet" => roll::<StatefulSet>(client, &namespace, &name).await,
+            "DaemonSet" => roll::<DaemonSet>(client, &namespace, &name).await,
+            _ => continue,
+        };
+        known?;
+        rolled.push(format!("{kind} {namespace}/{name}"));
+    }
+    Ok(rolled)
+}
+
+async fn workload(client: &Client, pod: &Kept) -> Result<Option<(String, String)>, Failure> {
+    match &pod.controller {
+        Some((kind, name)) if kind == "ReplicaSet" => {
+            let sets: Api<ReplicaSet> = Api::namespaced(client.clone(), &pod.namespace);
+            let set = sets.get_opt(name).await?;
+            Ok(set.and_then(|set| controller(set.owner_references())))
+        }
+        other => Ok(other.clone()),
+    }
+}
+
+async fn roll<K>(client: &Client, namespace: &str, name: &str) -> Result<(), Failure>
+where
+    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned,
+{
+    let workloads: Api<K> = Api::namespaced(client.clone(), namespace);
+    let annotations = json!({ "kubectl.kubernetes.io/restartedAt": Timestamp::now().to_string() });
+    let patch = json!({ "spec": { "template": { "metadata": { "annotations": annotations } } } });
+    let params = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    match workloads
+        .patch(name, &params, &Patch::Strategic(patch))
+        .await
+    {
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        patched => patched.map(drop).map_err(Failure::from),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    fn pod(spec: Value, phase: &str) -> Option<Kept> {
+        let pod = json!({
+            "metadata": { "name": "web-1", "namespace": "shop", "ownerReferences": [
+                { "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5d", "uid": "u", "controller": true }] },
+            "spec": spec, "status": { "phase": phase },
+        });
+        with_agent(&serde_json::from_value(pod).unwrap())
+    }
+
+    #[test]
+    fn only_living_pods_with_an_agent_of_ours_count() {
+        let with = |name: &str| json!({ "containers": [], "ephemeralContainers": [{ "name": name, "image": "x" }] });
+
+        let found = pod(with("tp-agent-0-1-0-1"), "Running").unwrap();
+        assert_eq!((&*found.namespace, &*found.pod), ("shop", "web-1"));
+        assert_eq!(
+            found.controller,
+            Some(("ReplicaSet".into(), "web-5d".into()))
+        );
+        assert_eq!(pod(with("debugger-x"), "Running"), None);
+        assert_eq!(pod(with("tp-agent-0-1-0-1"), "Succeeded"), None);
+        assert_eq!(pod(json!({ "containers": [] }), "Running"), None);
+    }
+}
