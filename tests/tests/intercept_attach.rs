@@ -1,0 +1,516 @@
+//! Intercepts on the real cluster: agents get into every pod, requests go where they belong, and what stands in the way is
+//! named.
+
+mod workstation;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tp_tests::manager::IMAGE;
+use tp_tests::process::tool;
+use tp_tests::{Cluster, Namespace, eventually};
+
+use workstation::{ANSWER, Workstation, condition};
+
+const WEB: &str = r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web, namespace: $NS}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      terminationGracePeriodSeconds: 0
+      containers:
+      - {name: probe, image: "lab.local/probe:lab", readinessProbe: {tcpSocket: {port: 80}, periodSeconds: 1}}
+"#;
+
+const MINE: &str = "x-tp-user: ada";
+
+fn matchers() -> Value {
+    json!([{ "header": { "name": "x-tp-user", "exact": "ada" } }])
+}
+
+/// A namespace with the Deployment `web` of two.
+fn web(cluster: &Cluster) -> Namespace<'_> {
+    let namespace = cluster.namespace("attach");
+    // The probe's image is loaded with its first pod.
+    namespace.probe("image");
+    namespace.apply(WEB);
+    namespace.wait_ready("app=web");
+    rolled_out(cluster, &namespace);
+    namespace
+}
+
+fn rolled_out(cluster: &Cluster, namespace: &Namespace<'_>) {
+    cluster.kubectl(&[
+        "-n",
+        &namespace.name,
+        "rollout",
+        "status",
+        "deploy/web",
+        "--timeout=60s",
+    ]);
+}
+
+/// Names and addresses of the running pods of `web` that are to stay.
+fn pods(cluster: &Cluster, namespace: &Namespace<'_>) -> Vec<(String, String)> {
+    let text = cluster.kubectl(&[
+        "-n",
+        &namespace.name,
+        "get",
+        "pods",
+        "-l",
+        "app=web",
+        "-o",
+        "json",
+    ]);
+    let list: Value = serde_json::from_str(&text).expect("kubectl writes JSON");
+    let pods = list["items"].as_array().expect("a list").iter();
+    pods.filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
+        .filter(|pod| pod["status"]["phase"] == "Running")
+        .map(|pod| {
+            let text = |value: &Value| value.as_str().expect("a text").to_owned();
+            (
+                text(&pod["metadata"]["name"]),
+                text(&pod["status"]["podIP"]),
+            )
+        })
+        .collect()
+}
+
+/// What a client in the cluster gets, from a pod by its address.
+fn get(cluster: &Cluster, address: &str, header: &str) -> String {
+    let url = format!("http://{address}/hostname");
+    cluster.on_node(&[
+        "curl",
+        "-sS",
+        "--fail",
+        "--max-time",
+        "5",
+        "-H",
+        header,
+        &url,
+    ])
+}
+
+#[track_caller]
+fn each_goes_where_it_belongs(
+    cluster: &Cluster,
+    namespace: &Namespace<'_>,
+    pods: &[(String, String)],
+) {
+    assert!(!pods.is_empty());
+    for (name, address) in pods {
+        assert_eq!(
+            get(cluster, address, MINE),
+            ANSWER,
+            "{name} in {}",
+            namespace.name
+        );
+        assert_eq!(get(cluster, address, "x-tp-user: eve").trim(), name);
+    }
+}
+
+#[test]
+fn my_requests_reach_the_workstation_on_every_pod_also_after_a_rollout_and_a_scale_up() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = web(&cluster);
+    let workstation = Workstation::connect(&cluster, &namespace.name);
+    let intercept = workstation.intercept("Deployment", "web", 80, &matchers());
+    let spec = || namespace.value("deploy/web", ".spec");
+    let (before, first) = (spec(), pods(&cluster, &namespace));
+
+    let took = intercept.ready();
+
+    eprintln!("ready after {took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    each_goes_where_it_belongs(&cluster, &namespace, &first);
+    assert_eq!(pods(&cluster, &namespace), first, "no pod was restarted");
+    assert_eq!(spec(), before, "the Deployment is as it was");
+
+    cluster.kubectl(&["-n", &namespace.name, "scale", "deploy/web", "--replicas=3"]);
+    cluster.kubectl(&["-n", &namespace.name, "rollout", "restart", "deploy/web"]);
+    rolled_out(&cluster, &namespace);
+    let (after, _) = eventually("three new pods", Duration::from_secs(30), || {
+        let after = pods(&cluster, &namespace);
+        let all_new = after.iter().all(|pod| !first.contains(pod));
+        (after.len() == 3 && all_new).then_some(after)
+    });
+    intercept.becomes("attached to the new pods", |status| {
+        status["attached"] == 3 && condition(status)["status"] == "True"
+    });
+    each_goes_where_it_belongs(&cluster, &namespace, &after);
+
+    intercept.delete();
+    let limit = Duration::from_secs(2);
+    eventually("all requests are the application's", limit, || {
+        let mut answers = after
+            .iter()
+            .map(|(name, address)| get(&cluster, address, MINE).trim() == name);
+        answers.all(|own| own).then_some(())
+    });
+}
+
+#[test]
+fn the_second_of_two_equal_intercepts_is_refused_and_finds_who_holds_it() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = web(&cluster);
+    let workstation = Workstation::connect(&cluster, &namespace.name);
+    let intercept = workstation.intercept("Deployment", "web", 80, &matchers());
+    intercept.ready();
+
+    let mut command = cluster.kubectl_command(&["create", "-f", "-"]);
+    let again = tp_tests::Run::new(
+        std::mem::replace(&mut command, Command::new("true")),
+        intercept.object.to_string().as_bytes(),
+        Duration::from_secs(10),
+    );
+
+    assert!(again.err().contains("AlreadyExists"), "{}", again.report());
+    let holder = namespace.value(
+        &format!("intercepts.tp.dev/{}", intercept.name),
+        ".spec.user",
+    );
+    assert_eq!(intercept.object["spec"]["user"], holder);
+    let everything = workstation.intercept("Deployment", "web", 80, &json!([]));
+    everything.ready();
+    // The older one still has its own; the newer one has the rest.
+    for (_, address) in pods(&cluster, &namespace) {
+        assert_eq!(get(&cluster, &address, "x-tp-user: eve"), ANSWER);
+    }
+    let late = json!([{ "header": { "name": "x-tp-user", "exact": "late" } }]);
+    let late = workstation.intercept("Deployment", "web", 80, &late);
+    cluster.apply(&late.object.to_string());
+    let (status, _) = late.becomes("in conflict", |status| {
+        condition(status)["reason"] == "Conflict"
+    });
+    assert!(
+        condition(&status)["message"].to_string().contains(&holder),
+        "{status}"
+    );
+}
+
+#[test]
+fn what_stands_in_the_way_is_named_with_its_cure() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = cluster.namespace("attach");
+    let workstation = Workstation::connect(&cluster, &namespace.name);
+    namespace.probe("plain");
+    namespace.apply(HINDERED);
+    namespace.wait_ready("app=hindered");
+    let reason = |pod: &str, expected: &str| {
+        let intercept = workstation.intercept("Pod", pod, 80, &matchers());
+        let start = Instant::now();
+        cluster.apply(&intercept.object.to_string());
+        let (status, _) =
+            intercept.becomes(expected, |status| condition(status)["reason"] == expected);
+        assert!(
+            start.elapsed() < Duration::from_secs(5),
+            "{expected}: {:?}",
+            start.elapsed()
+        );
+        let message = condition(&status)["message"].as_str().unwrap().to_owned();
+        assert_eq!(message.lines().count(), 2, "what and what to do: {message}");
+        intercept.delete();
+        message
+    };
+
+    assert!(reason("on-the-node", "HostNetwork").contains("hostNetwork"));
+    assert!(reason("in-a-mesh", "Mesh").contains("Istio"));
+    assert!(reason("no-such-pod", "NoWorkload").contains("no-such-pod"));
+    assert!(reason("walled", "Unreachable").contains("the-wall"));
+    cluster.kubectl(&[
+        "label",
+        "namespace",
+        &namespace.name,
+        "pod-security.kubernetes.io/enforce=baseline",
+    ]);
+    assert!(reason("plain", "PodSecurity").contains("baseline"));
+    cluster.kubectl(&[
+        "label",
+        "namespace",
+        &namespace.name,
+        "pod-security.kubernetes.io/enforce-",
+        "tp.dev/intercept=disabled",
+    ]);
+    assert!(reason("plain", "Namespace").contains("tp.dev/intercept"));
+}
+
+const HINDERED: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: on-the-node, namespace: $NS, labels: {app: hindered}}
+spec:
+  hostNetwork: true
+  terminationGracePeriodSeconds: 0
+  containers: [{name: sleep, image: "lab.local/nettools:lab", command: [/bin/sh, -c, "exec sleep 100000"]}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: in-a-mesh, namespace: $NS, labels: {app: hindered}}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers: [{name: istio-proxy, image: "lab.local/nettools:lab", command: [/bin/sh, -c, "exec sleep 100000"]}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: walled, namespace: $NS, labels: {app: hindered}}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: nft
+    image: lab.local/nettools:lab
+    securityContext: {privileged: true}
+    command: [/bin/sh, -c]
+    args: ["nft 'add table inet wall; add chain inet wall in { type filter hook input priority 0 ; }; add rule inet wall in tcp dport 15008 drop' && touch /tmp/ready && exec sleep 100000"]
+    readinessProbe: {exec: {command: [/bin/test, -e, /tmp/ready]}, periodSeconds: 1}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: the-wall, namespace: $NS}
+spec: {podSelector: {matchLabels: {app: hindered}}}
+"#;
+
+#[test]
+fn a_stolen_manager_account_adds_nothing_but_the_agent() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = cluster.namespace("attach");
+    namespace.probe("web");
+    namespace.apply("apiVersion: v1\nkind: Pod\nmetadata: {name: shared, namespace: $NS}\nspec: {hostPID: true, terminationGracePeriodSeconds: 0, containers: [{name: probe, image: \"lab.local/probe:lab\"}]}\n");
+    let token = cluster.kubectl(&["-n", "tp-system", "create", "token", "tp-manager"]);
+    let api = Api {
+        cluster: &cluster,
+        token,
+    };
+    let agent = json!({
+        "name": "tp-agent-9", "image": IMAGE, "command": ["/tp-agent"], "args": ["--version"],
+        "env": [{ "name": "TP_AGENT_SEED", "value": "00" }],
+        "securityContext": {
+            "runAsUser": 0, "allowPrivilegeEscalation": false, "seccompProfile": { "type": "RuntimeDefault" },
+            "capabilities": { "drop": ["ALL"], "add": ["NET_ADMIN", "SETUID", "SETGID"] },
+        },
+    });
+    let add = |namespace: &str, pod: &str, change: Value| {
+        let mut container = agent.clone();
+        merge(&mut container, change);
+        let path =
+            format!("/api/v1/namespaces/{namespace}/pods/{pod}/ephemeralcontainers?dryRun=All");
+        api.patch(
+            &path,
+            &json!({ "spec": { "ephemeralContainers": [container] } }),
+        )
+    };
+
+    // The agent as it is goes in, so what follows is refused for what it is.
+    let (code, answer) = add(&namespace.name, "web", json!({}));
+    assert_eq!(code, 200, "{answer}");
+    for (what, change) in [
+        ("a name", json!({ "name": "debugger" })),
+        ("an image", json!({ "image": "lab.local/probe:lab" })),
+        ("a program", json!({ "command": ["/tp-manager"] })),
+        (
+            "privilege",
+            json!({ "securityContext": { "privileged": true } }),
+        ),
+        (
+            "escalation",
+            json!({ "securityContext": { "allowPrivilegeEscalation": true } }),
+        ),
+        (
+            "a capability",
+            json!({ "securityContext": { "capabilities": { "add": ["NET_ADMIN", "SYS_ADMIN"] } } }),
+        ),
+        (
+            "all default capabilities",
+            json!({ "securityContext": { "capabilities": { "drop": ["KILL"] } } }),
+        ),
+        (
+            "no seccomp",
+            json!({ "securityContext": { "seccompProfile": { "type": "Unconfined" } } }),
+        ),
+        (
+            "unmasked proc",
+            json!({ "securityContext": { "procMount": "Unmasked" } }),
+        ),
+        (
+            "a value of a Secret",
+            json!({ "env": [{ "name": "TP_AGENT_SEED", "value": null,
+            "valueFrom": { "secretKeyRef": { "name": "s", "key": "k" } } }] }),
+        ),
+        (
+            "all values of a Secret",
+            json!({ "envFrom": [{ "secretRef": { "name": "s" } }] }),
+        ),
+        (
+            "a mount",
+            json!({ "volumeMounts": [{ "name": "v", "mountPath": "/v" }] }),
+        ),
+        (
+            "the application's processes",
+            json!({ "targetContainerName": "probe" }),
+        ),
+    ] {
+        let (code, answer) = add(&namespace.name, "web", change);
+        // 422 where Kubernetes itself finds the container impossible before any policy.
+        assert!(code == 403 || code == 422, "{what}: {code} {answer}");
+        assert!(
+            code == 422 || answer.contains("agents.tp.dev"),
+            "{what}: {answer}"
+        );
+    }
+    let (code, answer) = add(&namespace.name, "shared", json!({}));
+    assert!(
+        code == 403 && answer.contains("agents.tp.dev"),
+        "hostPID: {answer}"
+    );
+    let path = "jsonpath={.items[0].metadata.name}";
+    let dns = ["-n", "kube-system", "get", "pods", "-l", "k8s-app=kube-dns"];
+    let dns = cluster.kubectl(&[&dns[..], &["-o", path]].concat());
+    let (code, answer) = add("kube-system", &dns, json!({}));
+    assert!(
+        code == 403 && answer.contains("agents.tp.dev"),
+        "kube-system: {answer}"
+    );
+    let path = format!("/api/v1/namespaces/{}/pods/web?dryRun=All", namespace.name);
+    let (code, _) = api.patch(&path, &json!({ "metadata": { "labels": { "x": "y" } } }));
+    assert_eq!(code, 403, "a pod may not be changed otherwise");
+}
+
+/// The API server, spoken to with a stolen token.
+struct Api<'a> {
+    cluster: &'a Cluster,
+    token: String,
+}
+
+impl Api<'_> {
+    fn patch(&self, path: &str, patch: &Value) -> (u16, String) {
+        let kubeconfig = self.cluster.directory().join("kubeconfig");
+        let server = self.cluster.kubectl(&[
+            "config",
+            "view",
+            "--minify",
+            "-o",
+            "jsonpath={.clusters[0].cluster.server}",
+        ]);
+        assert!(kubeconfig.exists());
+        let output = tool(Command::new("curl").args([
+            "-sSk",
+            "-X",
+            "PATCH",
+            "-H",
+            &format!("Authorization: Bearer {}", self.token.trim()),
+            "-H",
+            "Content-Type: application/strategic-merge-patch+json",
+            "-w",
+            "\n%{http_code}",
+            "-d",
+            &patch.to_string(),
+            &format!("{server}{path}"),
+        ]));
+        let (answer, code) = output.rsplit_once('\n').expect("curl ends with the code");
+        (code.parse().expect("a status code"), answer.to_owned())
+    }
+}
+
+fn merge(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (key, value) in from {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, from) => *into = from,
+    }
+}
+
+#[test]
+fn when_every_process_of_an_agent_is_killed_the_application_answers_and_a_new_agent_comes() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = web(&cluster);
+    let workstation = Workstation::connect(&cluster, &namespace.name);
+    let intercept = workstation.intercept("Deployment", "web", 80, &matchers());
+    intercept.ready();
+    let (name, address) = pods(&cluster, &namespace)[0].clone();
+    assert_eq!(get(&cluster, &address, MINE), ANSWER);
+
+    let agents = agents_of(&cluster, &namespace.name, &name);
+    assert!(agents.len() >= 2, "parent and worker: {agents:?}");
+    // The worker goes with its parent, so one of them may be gone already.
+    let all = agents.iter().map(ToString::to_string);
+    let _ = Command::new("kill").arg("-9").args(all).output();
+    let killed = Instant::now();
+
+    let curl = ["curl", "-sS", "--max-time", "1", "-H", "x-tp-user: eve"];
+    let url = format!("http://{address}/hostname");
+    eventually("the application answers", Duration::from_secs(4), || {
+        cluster
+            .try_on_node(&[&curl[..], &[&url]].concat())
+            .then_some(())
+    });
+    let open = killed.elapsed();
+    eprintln!("the application answered after {open:?}");
+    assert!(open <= Duration::from_millis(3500), "{open:?}");
+    eventually("a new agent is there", Duration::from_secs(20), || {
+        (get(&cluster, &address, MINE) == ANSWER).then_some(())
+    });
+    eprintln!("my requests came back after {:?}", killed.elapsed());
+    assert_eq!(get(&cluster, &address, "x-tp-user: eve").trim(), name);
+}
+
+/// Processes of the agents of one pod, on this machine.
+fn agents_of(cluster: &Cluster, namespace: &str, pod: &str) -> Vec<u32> {
+    let uid = cluster.value(namespace, &format!("pod/{pod}"), ".metadata.uid");
+    let uid = uid.replace('-', "_");
+    let processes = std::fs::read_dir("/proc")
+        .expect("/proc is mounted")
+        .flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| {
+            let read = |file: &str| {
+                std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default()
+            };
+            let cgroup = read("cgroup");
+            read("comm").trim() == "tp-agent"
+                && (cgroup.contains(&uid) || cgroup.contains(&uid.replace('_', "-")))
+        })
+        .collect()
+}
+
+#[test]
+fn a_workstation_that_vanishes_leaves_its_requests_to_the_application() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = web(&cluster);
+    let mut workstation = Workstation::connect(&cluster, &namespace.name);
+    let intercept = workstation.intercept("Deployment", "web", 80, &matchers());
+    intercept.ready();
+    let (name, address) = pods(&cluster, &namespace)[0].clone();
+    assert_eq!(get(&cluster, &address, MINE), ANSWER);
+    assert!(workstation.served() > 0);
+
+    workstation.vanish();
+
+    let (_, took) = eventually("the application answers", Duration::from_secs(3), || {
+        (get(&cluster, &address, MINE).trim() == name).then_some(())
+    });
+    eprintln!("the application answered after {took:?}");
+    intercept.becomes("said", |status| {
+        condition(status)["reason"] == "NoWorkstation"
+    });
+}
