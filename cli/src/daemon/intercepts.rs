@@ -305,7 +305,7 @@ impl Intercepts {
         let holder = cluster.in_time(api.get(&name)).await?;
         if self.is_left_behind(cluster, &holder, &spec).await? {
             tracing::info!(object = name, "taken over from an earlier connection");
-            return self.replace(cluster, &holder, spec).await;
+            return self.take_over(cluster, &holder, spec).await;
         }
         Err(held_by(&holder, &spec))
     }
@@ -340,27 +340,29 @@ impl Intercepts {
         Ok(!served.iter().any(has))
     }
 
-    /// Deletes that very object and makes a new one: what an intercept is cannot change, and who was first matters.
-    async fn replace(
+    /// Makes that very object ours. What it is about stays, its age too, so nothing changes for the agents but whose
+    /// workstation it is.
+    async fn take_over(
         &self,
         cluster: &Cluster,
         old: &Intercept,
         spec: InterceptSpec,
     ) -> Result<Intercept, Failure> {
-        let api = self.api(cluster);
-        let only_this = DeleteParams {
-            preconditions: Some(Preconditions {
-                uid: old.uid(),
-                resource_version: None,
-            }),
-            ..DeleteParams::default()
-        };
-        let name = old.name_any();
-        cluster.in_time(api.delete(&name, &only_this)).await?;
-        let object = Intercept::new(&name, spec);
-        cluster
-            .in_time(api.create(&PostParams::default(), &object))
-            .await
+        let patch = Patch::Merge(json!({
+            "metadata": { "uid": old.uid(), "resourceVersion": old.resource_version() },
+            "spec": {
+                "name": spec.name,
+                "session": spec.session,
+                "groups": spec.groups,
+                "service": spec.service,
+                "container": spec.container,
+                "strict": spec.strict,
+                "attach": spec.attach,
+                "client": spec.client,
+            },
+        }));
+        let (api, name) = (self.api(cluster), old.name_any());
+        cluster.in_time(api.patch(&name, &written(), &patch)).await
     }
 
     fn keep(&self, name: &str, wanted: WantedPort, object: Intercept) {
@@ -408,12 +410,10 @@ impl Intercepts {
             "session": session,
             "groups": user.groups.unwrap_or_default(),
         }}));
-        let params = PatchParams {
-            field_manager: Some(FIELD_MANAGER.to_owned()),
-            ..PatchParams::default()
-        };
         let (api, name) = (self.api(&cluster), object.name_any());
-        cluster.in_time(api.patch(&name, &params, &patch)).await?;
+        cluster
+            .in_time(api.patch(&name, &written(), &patch))
+            .await?;
         Ok(())
     }
 
@@ -480,6 +480,13 @@ impl Entry {
             flows: self.counts.flows.load(Relaxed),
             refused: self.counts.refused.load(Relaxed),
         }
+    }
+}
+
+fn written() -> PatchParams {
+    PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
     }
 }
 
