@@ -239,7 +239,7 @@ impl Laptop {
     fn show_logs(&self) {
         let find = Command::new("find")
             .arg(self.directory.path())
-            .args(["-name", "*.log", "-size", "-1M"])
+            .args(["-name", "*.log", "-size", "-1024k"])
             .output();
         for path in find
             .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
