@@ -20,7 +20,9 @@ try() { printf '$ %s\n' "$*"; out=$("${user[@]}" "$@" 2>&1) && code=0 || code=$?
 
 had_manager=yes; kubectl get namespace tp-system >/dev/null 2>&1 || had_manager=no
 had_demo=yes; kubectl get namespace demo >/dev/null 2>&1 || had_demo=no
+program=
 finish() {
+  [ -z "$program" ] || kill "$program" 2>/dev/null || true
   "${user[@]}" tp quit --all >/dev/null 2>&1 || true
   [ "$had_manager" = yes ] || "${user[@]}" tp uninstall --everything >/dev/null 2>&1 || true
   [ "$had_demo" = yes ] || kubectl delete namespace demo --wait=false >/dev/null 2>&1 || true
@@ -64,7 +66,23 @@ try curl --silent --show-error --max-time 5 -x http://127.0.0.1:1080 http://echo
 say "6. tp status shows what an end-to-end probe just saw."
 try tp status
 
-say "7. tp quit: the way is closed again."
+say "7. A personal intercept: requests with one header reach a program on the laptop, all others the pods."
+mkdir "$folder/www"; echo 'hello from the laptop' >"$folder/www/hostname"; chmod -R a+rX "$folder/www"
+"${user[@]}" python3 -m http.server --directory "$folder/www" --bind 127.0.0.1 3000 >/dev/null 2>&1 & program=$!
+"${user[@]}" timeout 5 bash -c 'until (exec 3<>/dev/tcp/127.0.0.1/3000) 2>/dev/null; do sleep 0.05; done' || fail "the program does not listen"
+try tp intercept echo -p 3000:http --http-header x-user=ada
+[ "$code" = 0 ] || fail "tp intercept failed"
+try tp curl --silent --show-error --max-time 5 -H 'x-user: ada' http://echo/hostname
+[ "$out" = 'hello from the laptop' ] || fail "the header must lead to the laptop"
+try tp curl --silent --show-error --max-time 5 http://echo/hostname
+[[ $out == echo-* ]] || fail "everybody else's requests stay with the pods"
+try tp explain -H 'x-user: ada' http://echo/hostname
+kill "$program"; wait "$program" 2>/dev/null || true; program=
+try tp curl --silent --show-error --max-time 5 --dump-header - --output /dev/null -H 'x-user: ada' http://echo/hostname
+grep -qi '^x-tp-fallback: 1' <<<"$out" || fail "a program that is not there must leave the request to the pods"
+try tp leave echo
+
+say "8. tp quit: the way is closed again."
 try tp quit
 try curl --silent --show-error --max-time 2 -x socks5h://127.0.0.1:1080 http://echo/hostname
 [ "$code" != 0 ] || fail "the proxy must be gone"
