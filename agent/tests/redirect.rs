@@ -8,6 +8,7 @@ use std::fs::{self, File, Permissions};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use common::{Client, SEED, ada, server, workstation};
@@ -29,7 +30,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
     def log_message(self, *_):
         pass
-http.server.ThreadingHTTPServer(('10.77.0.2', 8080), Handler).serve_forever()
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+Server(('10.77.0.2', 8080), Handler).serve_forever()
 ";
 
 /// Two namespaces with a wire between them, and what runs in the pod's. Dropping it leaves nothing behind.
@@ -171,17 +174,22 @@ async fn manage(manager: &Identity, local: SocketAddr) -> Tunnel {
     })
     .await;
     let tcp = TcpStream::connect(control).await.unwrap();
+    tp_tunnel::carrier::tune(&tcp).unwrap();
     let tls = connect_tls(tcp, manager, &pinned).await.unwrap();
     let (tunnel, driver) = Tunnel::establish(tls).await.unwrap();
     tokio::spawn(driver);
     tokio::spawn(workstation(tunnel.clone(), local));
-    let table = json!({"ports": [{"listen": 8080, "app": 8080, "intercepts": ada(false)}]});
+    push(&tunnel, &ada(false)).await;
+    tunnel
+}
+
+async fn push(tunnel: &Tunnel, intercepts: &Value) {
+    let table = json!({"ports": [{"listen": 8080, "app": 8080, "intercepts": intercepts}]});
     let answer = tunnel
         .control(Method::PUT, "/v1/routes", table.to_string().into())
         .await
         .unwrap();
     assert_eq!(answer.status(), StatusCode::NO_CONTENT);
-    tunnel
 }
 
 async fn connections(tunnel: &Tunnel, method: Method) -> Value {
@@ -205,22 +213,79 @@ fn kill(process: u32) {
 
 const ADA: &str = common::ADA;
 const DIRECT: &str = "app for None from 10.77.0.1";
+/// Redirected when the last intercept had just gone.
+const PASSED: &str = "app for None from 10.77.0.2";
 const ROUTED: &str = "app for 10.77.0.1 from 10.77.0.2";
 
 #[test]
 fn what_is_redirected_fails_open_whatever_dies() {
+    in_a_pod("dies", redirected);
+}
+
+#[test]
+fn coming_and_going_harms_nobody() {
+    in_a_pod("comes", comes_and_goes);
+}
+
+/// Runs `test` as a client of a new pod.
+fn in_a_pod(name: &str, test: impl AsyncFnOnce(&mut Pod)) {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: network namespaces need root");
         return;
     }
-    let mut pod = Pod::new("agent");
+    let mut pod = Pod::new(name);
     pod.enter_as_client();
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap()
-        .block_on(redirected(&mut pod));
+        .block_on(test(&mut pod));
 }
+
+/// Others at a constant rate, each on a connection of its own, for as long as the intercept comes and goes.
+async fn comes_and_goes(pod: &mut Pod) {
+    pod.start_app();
+    let limit = Duration::from_secs(10);
+    until("the application answers", limit, async || {
+        get("").await.is_ok()
+    })
+    .await;
+    let (manager, local) = (Identity::generate(), server("local").await);
+    pod.start_agent(&manager);
+    let tunnel = manage(&manager, local.address).await;
+    let mut kept = Client::over(TcpStream::connect(WEB).await.unwrap());
+    let others = tokio::spawn(async {
+        let mut every = tokio::time::interval(Duration::from_millis(5));
+        let mut requests = tokio::task::JoinSet::new();
+        loop {
+            every.tick().await;
+            requests.spawn(get(""));
+            while let Some(answer) = requests.try_join_next() {
+                let answer = answer.unwrap().unwrap();
+                assert!([DIRECT, ROUTED, PASSED].contains(&&*answer), "{answer}");
+                ANSWERED.fetch_add(1, Relaxed);
+            }
+        }
+    });
+    for turn in 0..100 {
+        push(&tunnel, &ada(true)).await;
+        // From the moment that the push is answered, on new connections and on one that was open.
+        assert_eq!(get(ADA).await.unwrap(), "local GET / 0", "{turn}");
+        assert!(kept.get("/", ADA).await.ends_with("local GET / 0"));
+        push(&tunnel, &json!([])).await;
+        assert_ne!(get(ADA).await.unwrap(), "local GET / 0", "{turn}");
+        assert!(kept.get("/", ADA).await.ends_with(ROUTED));
+        assert!(!others.is_finished());
+    }
+    others.abort();
+    assert!(others.await.unwrap_err().is_cancelled());
+    let answered = ANSWERED.load(Relaxed);
+    eprintln!("{answered} requests of others were answered, all of them right");
+    assert!(answered > 100);
+}
+
+/// Requests of others that were answered.
+static ANSWERED: AtomicU32 = AtomicU32::new(0);
 
 async fn redirected(pod: &mut Pod) {
     let second = Duration::from_secs(1);

@@ -83,6 +83,7 @@ pub async fn agent_with(app: Server, local: Server, lease: Duration) -> Agent {
         serve(worker, |_| Ok(()), stopped).await.unwrap();
     });
     let tcp = TcpStream::connect(control_address).await.unwrap();
+    tp_tunnel::carrier::tune(&tcp).unwrap();
     let tls = connect_tls(tcp, &manager, &pinned).await.unwrap();
     let settings = Settings {
         ping_interval: Duration::from_secs(1),
