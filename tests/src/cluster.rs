@@ -121,7 +121,8 @@ impl Cluster {
         output.is_ok_and(|output| output.status.success())
     }
 
-    pub(crate) fn node_command(&self, arguments: &[&str]) -> Command {
+    /// A program in the node's namespaces, as root, that is not yet started.
+    pub fn node_command(&self, arguments: &[&str]) -> Command {
         let holder = std::fs::read_to_string(self.directory.join("run/holder.pid"))
             .expect("the cluster is up");
         let mut command = Command::new("nsenter");

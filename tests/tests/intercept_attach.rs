@@ -492,6 +492,50 @@ fn agents_of(cluster: &Cluster, namespace: &str, pod: &str) -> Vec<u32> {
 }
 
 #[test]
+fn connections_from_before_are_counted_and_closed_once_idle_where_that_is_asked_for() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = web(&cluster);
+    let workstation = Workstation::connect(&cluster, &namespace.name);
+    let (_, address) = pods(&cluster, &namespace)[0].clone();
+    let hold = format!("exec 3<>/dev/tcp/{address}/80; echo open; cat <&3");
+    let mut before = cluster
+        .node_command(&["bash", "-c", &hold])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .expect("bash starts");
+    let mut line = [0; 5];
+    let stdout = before.stdout.as_mut().expect("stdout is a pipe");
+    std::io::Read::read_exact(stdout, &mut line).expect("it has connected");
+    let intercept = workstation.intercept("Deployment", "web", 80, &matchers());
+
+    intercept.ready();
+
+    intercept.becomes("counted", |status| status["openBefore"] == 1);
+    assert!(
+        before.try_wait().expect("the child is ours").is_none(),
+        "nobody asked to close it"
+    );
+    let patch = r#"{"spec":{"closeIdle":true}}"#;
+    let object = format!("intercepts.tp.dev/{}", intercept.name);
+    cluster.kubectl(&[
+        "-n",
+        &namespace.name,
+        "patch",
+        &object,
+        "--type=merge",
+        "-p",
+        patch,
+    ]);
+    eventually("it is closed", Duration::from_secs(10), || {
+        before.try_wait().expect("the child is ours")
+    });
+    intercept.becomes("none left", |status| status["openBefore"] == 0);
+}
+
+#[test]
 fn a_workstation_that_vanishes_leaves_its_requests_to_the_application() {
     let Some(cluster) = Cluster::with_manager() else {
         return;

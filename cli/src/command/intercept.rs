@@ -62,6 +62,9 @@ pub struct Args {
     /// Answer 502 when the workstation does not, instead of letting the application answer
     #[arg(long)]
     pub strict: bool,
+    /// Reset connections that were open before, once they are idle for a second: they bypass the intercept until they end
+    #[arg(long)]
+    pub close_idle: bool,
     /// How the agent gets into the pods
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Attach::Auto)]
     pub attach: Attach,
@@ -224,6 +227,7 @@ impl Args {
             container: Some(container),
             matchers: chosen.matchers,
             strict: self.strict,
+            close_idle: self.close_idle,
             attach: self.attach.into(),
             held: !self.command.is_empty(),
         };
@@ -443,7 +447,7 @@ fn warn(plan: &Plan, statuses: &[InterceptStatus]) {
         if let Some(open @ 1..) = status.open_before {
             let what = report::counted(open, "connection");
             report::note(&format!(
-                "warning: {what} to port {} were open before: requests on them go to the application until they close",
+                "warning: {what} to port {} were open before: requests on them go to the application until they close (`--close-idle` closes idle ones)",
                 status.port
             ));
         }

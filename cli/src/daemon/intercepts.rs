@@ -60,6 +60,8 @@ pub struct Wanted {
     pub matchers: Matchers,
     /// Whether a workstation that does not answer is an error.
     pub strict: bool,
+    /// Whether idle connections from before are reset.
+    pub close_idle: bool,
     /// How the agent gets into the pods.
     pub attach: AttachMode,
     /// Whether the intercept ends with the command that asked for it.
@@ -277,6 +279,7 @@ impl Intercepts {
             container: wanted.container.clone(),
             matchers: wanted.matchers.as_slice().to_vec(),
             strict: wanted.strict,
+            close_idle: wanted.close_idle,
             attach: wanted.attach,
             client: ClientInfo {
                 host: host_name(),

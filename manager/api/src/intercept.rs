@@ -81,6 +81,10 @@ pub struct InterceptSpec {
     /// Whether a workstation that does not answer is an error (502) instead of the application's turn.
     #[serde(default)]
     pub strict: bool,
+    /// Whether connections to the port that were open before are reset once they have been idle for a second. They would
+    /// bypass the intercept until they end.
+    #[serde(default)]
+    pub close_idle: bool,
     /// How the agent gets into the pods.
     #[serde(default)]
     pub attach: AttachMode,
@@ -200,8 +204,8 @@ pub struct InterceptStatus {
     #[serde(default)]
     #[schemars(with = "i32", range(min = 0))]
     pub attached: u32,
-    /// Connections to the port that were open when the agents came, all pods together: they bypass the intercept until
-    /// they end. Absent while no agent has said.
+    /// Connections to the port that were open when the agents came and still are, all pods together: they bypass the
+    /// intercept until they end. Absent while no agent has said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<i32>", range(min = 0))]
     pub open_before: Option<u32>,

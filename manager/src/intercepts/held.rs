@@ -92,6 +92,7 @@ pub(super) fn hold(
         port: spec.port,
         matchers: known.matchers.clone().unwrap_or_default(),
         strict: spec.strict,
+        close_idle: spec.close_idle,
         attach: spec.attach,
         connected: session.is_some_and(|session| matches!(session.here, Here::Now(_))),
         problem: problem.or_else(|| away(session)),

@@ -9,18 +9,19 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http::{Method, StatusCode};
+use bytes::Bytes;
+use http::{Method, Response, StatusCode};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tp_manager_api::RouteTable;
-use tp_manager_api::route_table::{LEASE, ROUTES_PATH};
+use tp_manager_api::route_table::{CONNECTIONS_PATH, LEASE, OpenConnections, ROUTES_PATH};
 use tp_tunnel::carrier::ReadAhead;
 use tp_tunnel::carrier::tls::connect_tls;
 use tp_tunnel::{Identity, Incoming, KeyHash, OpenError, Settings, Tunnel, join};
 
-use super::plan::{LinkState, Trouble};
+use super::plan::{LinkState, Orders, Trouble};
 use super::workstations::Workstations;
 use crate::listen::chain;
 
@@ -57,13 +58,13 @@ const ANSWER: Duration = Duration::from_secs(3);
 pub(super) struct Link {
     /// Name of the agent's container.
     pub(super) container: String,
-    table: watch::Sender<RouteTable>,
+    orders: watch::Sender<Orders>,
     state: Arc<Mutex<LinkState>>,
 }
 
 /// The half that the task holds.
 pub(super) struct Ends {
-    table: watch::Receiver<RouteTable>,
+    orders: watch::Receiver<Orders>,
     state: Arc<Mutex<LinkState>>,
     changed: watch::Sender<()>,
 }
@@ -73,31 +74,31 @@ impl Link {
     /// carries have.
     pub(super) fn new(
         container: String,
-        table: RouteTable,
+        orders: Orders,
         changed: watch::Sender<()>,
     ) -> (Self, Ends) {
-        let (table_tx, table_rx) = watch::channel(table);
+        let (orders_tx, orders_rx) = watch::channel(orders);
         let state = Arc::new(Mutex::new(LinkState::Dialing {
             since: Instant::now(),
             trouble: None,
         }));
         let link = Self {
             container,
-            table: table_tx,
+            orders: orders_tx,
             state: Arc::clone(&state),
         };
         let ends = Ends {
-            table: table_rx,
+            orders: orders_rx,
             state,
             changed,
         };
         (link, ends)
     }
 
-    /// Pushes another table.
-    pub(super) fn set(&self, table: RouteTable) {
-        self.table
-            .send_if_modified(|known| std::mem::replace(known, table.clone()) != table);
+    /// Tells it something else.
+    pub(super) fn set(&self, orders: Orders) {
+        self.orders
+            .send_if_modified(|known| std::mem::replace(known, orders.clone()) != orders);
     }
 
     /// Where it got to.
@@ -122,8 +123,27 @@ impl Ends {
         }
     }
 
+    /// Says that the agent has taken this table. News only.
+    fn connected(&self, table: &RouteTable, open: BTreeMap<u16, u32>) {
+        let routes = table.ports.iter().flat_map(|port| &port.intercepts);
+        let ids: BTreeSet<_> = routes.map(|route| route.id.clone()).collect();
+        let known = match &*lock(&self.state) {
+            LinkState::Connected {
+                routed,
+                open_before,
+            } => *routed == ids && *open_before == open,
+            LinkState::Dialing { .. } => false,
+        };
+        if !known {
+            self.say(LinkState::Connected {
+                routed: ids,
+                open_before: open,
+            });
+        }
+    }
+
     fn withdrawn(&self) -> bool {
-        self.table.has_changed().is_err()
+        self.orders.has_changed().is_err()
     }
 }
 
@@ -195,7 +215,7 @@ async fn converse(
     for _ in 0..POSTED {
         accepting.spawn(accept(
             tunnel.clone(),
-            ends.table.clone(),
+            ends.orders.clone(),
             Arc::clone(workstations),
             Arc::clone(&flows),
         ));
@@ -218,20 +238,17 @@ async fn converse(
 /// not take them.
 async fn push(tunnel: &Tunnel, ends: &mut Ends) {
     loop {
-        let table = ends.table.borrow_and_update().clone();
-        if !put(tunnel, &table).await {
-            return;
-        }
-        let routed = table.ports.iter().flat_map(|port| &port.intercepts);
-        let routed: BTreeSet<_> = routed.map(|route| route.id.clone()).collect();
-        let known = matches!(&*lock(&ends.state), LinkState::Connected { routed: known, .. } if *known == routed);
-        if !known {
-            ends.say(LinkState::Connected {
-                routed,
-                open_before: BTreeMap::new(),
-            });
-        }
-        match timeout(RENEW, ends.table.changed()).await {
+        let orders = ends.orders.borrow_and_update().clone();
+        let next = match put(tunnel, &orders.table).await {
+            Push::Taken => {
+                let open_before = open_before(tunnel, &orders).await;
+                ends.connected(&orders.table, open_before);
+                RENEW
+            }
+            Push::NotYet => REST,
+            Push::Failed => return,
+        };
+        match timeout(next, ends.orders.changed()).await {
             Ok(Ok(())) | Err(_) => {}
             Ok(Err(_)) => {
                 put(tunnel, &RouteTable::default()).await;
@@ -241,23 +258,65 @@ async fn push(tunnel: &Tunnel, ends: &mut Ends) {
     }
 }
 
-async fn put(tunnel: &Tunnel, table: &RouteTable) -> bool {
+/// What an agent makes of its routes.
+enum Push {
+    Taken,
+    /// The kernel does not redirect yet.
+    NotYet,
+    Failed,
+}
+
+async fn put(tunnel: &Tunnel, table: &RouteTable) -> Push {
     let body = serde_json::to_vec(table).expect("a table is always JSON");
-    let answer = tunnel.control(Method::PUT, ROUTES_PATH, body.into());
-    match timeout(ANSWER, answer).await {
-        Ok(Ok(answer)) if answer.status() == StatusCode::NO_CONTENT => true,
-        Ok(Ok(answer)) => {
+    let Some(answer) = ask(tunnel, Method::PUT, ROUTES_PATH, body).await else {
+        return Push::Failed;
+    };
+    match answer.status() {
+        StatusCode::NO_CONTENT => Push::Taken,
+        StatusCode::SERVICE_UNAVAILABLE => Push::NotYet,
+        status => {
             let why = String::from_utf8_lossy(answer.body()).into_owned();
-            tracing::error!(status = %answer.status(), why, "an agent refuses its routes");
-            false
+            tracing::error!(%status, why, "an agent refuses its routes");
+            Push::Failed
         }
+    }
+}
+
+/// Connections from before the agent, by port; those that are idle are reset first where that is wanted. Nothing where the
+/// agent does not say.
+async fn open_before(tunnel: &Tunnel, orders: &Orders) -> BTreeMap<u16, u32> {
+    let method = match orders.close_idle {
+        true => Method::DELETE,
+        false => Method::GET,
+    };
+    let answer = ask(tunnel, method, CONNECTIONS_PATH, Vec::new()).await;
+    let answer = answer.filter(|answer| answer.status() == StatusCode::OK);
+    let Some(counted) = answer.and_then(|answer| serde_json::from_slice(answer.body()).ok()) else {
+        return BTreeMap::new();
+    };
+    let OpenConnections { ports } = counted;
+    let of = |listen: u16| ports.iter().find(|counted| counted.port == listen);
+    let listens = orders.table.ports.iter().map(|port| port.listen);
+    listens
+        .map(|listen| (listen, of(listen).map_or(0, |counted| counted.open)))
+        .collect()
+}
+
+async fn ask(
+    tunnel: &Tunnel,
+    method: Method,
+    path: &str,
+    body: Vec<u8>,
+) -> Option<Response<Bytes>> {
+    match timeout(ANSWER, tunnel.control(method, path, body.into())).await {
+        Ok(Ok(answer)) => Some(answer),
         Ok(Err(error)) => {
-            tracing::warn!(error = chain(&error), "an agent does not take its routes");
-            false
+            tracing::warn!(error = chain(&error), path, "an agent does not answer");
+            None
         }
         Err(_) => {
-            tracing::warn!("an agent does not answer");
-            false
+            tracing::warn!(path, "an agent is silent");
+            None
         }
     }
 }
@@ -265,7 +324,7 @@ async fn put(tunnel: &Tunnel, table: &RouteTable) -> bool {
 /// Keeps one stream posted.
 async fn accept(
     tunnel: Tunnel,
-    table: watch::Receiver<RouteTable>,
+    orders: watch::Receiver<Orders>,
     workstations: Arc<Workstations>,
     flows: Arc<Mutex<JoinSet<()>>>,
 ) {
@@ -275,7 +334,7 @@ async fn accept(
                 let mut flows = lock(&flows);
                 while flows.try_join_next().is_some() {}
                 // An agent is believed about its own intercepts and no others.
-                if routes(&table.borrow(), incoming.intercept()) {
+                if routes(&orders.borrow().table, incoming.intercept()) {
                     flows.spawn(carry(incoming, Arc::clone(&workstations)));
                 }
             }

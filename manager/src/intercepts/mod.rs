@@ -331,7 +331,7 @@ impl Controller {
         });
         for (pod, wanted) in &plan.links {
             if let Some(link) = self.links.get(pod) {
-                link.set(wanted.table.clone());
+                link.set(wanted.orders.clone());
                 continue;
             }
             let agent = Agent {
@@ -339,8 +339,8 @@ impl Controller {
                 key: self.blueprint.agent_key(pod, &wanted.container),
                 identity: self.blueprint.identity().clone(),
             };
-            let (container, table) = (wanted.container.clone(), wanted.table.clone());
-            let (link, ends) = Link::new(container, table, self.changed.clone());
+            let (container, orders) = (wanted.container.clone(), wanted.orders.clone());
+            let (link, ends) = Link::new(container, orders, self.changed.clone());
             let workstations = Arc::clone(&self.workstations);
             self.work.spawn(async move {
                 link::serve(agent, ends, workstations).await;

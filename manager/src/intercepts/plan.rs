@@ -40,6 +40,8 @@ pub(super) struct Held {
     pub(super) matchers: Matchers,
     /// No fallback.
     pub(super) strict: bool,
+    /// Reset what was open before, once it is idle.
+    pub(super) close_idle: bool,
     /// How to attach.
     pub(super) attach: AttachMode,
     /// Whether the workstation is connected at this moment.
@@ -107,7 +109,7 @@ pub(super) enum LinkState {
     Connected {
         /// Ids of the intercepts in the table that the agent took last.
         routed: BTreeSet<String>,
-        /// Connections to each intercepted port that were open before.
+        /// Connections to each intercepted port that were open before, once the agent has said.
         open_before: BTreeMap<u16, u32>,
     },
 }
@@ -191,8 +193,17 @@ pub(super) struct Wanted {
     pub(super) address: SocketAddr,
     /// Which one it is.
     pub(super) container: String,
-    /// This replica's routes for it.
+    /// What it is told.
+    pub(super) orders: Orders,
+}
+
+/// What this replica tells an agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Orders {
+    /// Its routes.
     pub(super) table: RouteTable,
+    /// Whether it resets idle connections from before.
+    pub(super) close_idle: bool,
 }
 
 /// What to say of an intercept.
@@ -294,9 +305,10 @@ fn take(world: &World<'_>, held: &Held, pod: &PodFacts, step: &Step, plan: &mut 
                 .or_insert_with(|| Wanted {
                     address: SocketAddr::new(address, AGENT_PORT),
                     container: container.clone(),
-                    table: RouteTable::default(),
+                    orders: Orders::default(),
                 });
-            add_route(&mut wanted.table, held);
+            wanted.orders.close_idle |= held.close_idle;
+            add_route(&mut wanted.orders.table, held);
         }
     }
 }

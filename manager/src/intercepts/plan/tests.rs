@@ -31,6 +31,7 @@ fn held() -> Held {
         port: 8080,
         matchers: serde_json::from_value(matchers).unwrap(),
         strict: false,
+        close_idle: false,
         attach: AttachMode::Auto,
         connected: true,
         problem: None,
@@ -136,8 +137,8 @@ fn a_pod_gets_an_agent_then_a_connection_then_routes() {
     assert!(plan.attach.is_empty());
     let wanted = &plan.links["uid-a"];
     assert_eq!(wanted.address, "10.244.0.7:15008".parse().unwrap());
-    assert_eq!(wanted.table.ports[0].intercepts[0].id, "id-1");
-    assert_eq!(wanted.table.check(), Ok(()));
+    assert_eq!(wanted.orders.table.ports[0].intercepts[0].id, "id-1");
+    assert_eq!(wanted.orders.table.check(), Ok(()));
     assert_eq!(case.reason(), Some(Reason::Attaching));
 
     let case = Case::new(vec![running("a")]).linked("a", "tp-agent-0-1-0-1", connected(&[]));
@@ -186,9 +187,13 @@ fn two_intercepts_of_a_pod_share_its_connection() {
     second.matchers = Matchers::default();
     let mut third = held();
     (third.id, third.port) = ("id-3".into(), 9090);
-    case.held.extend([second, third]);
+    case.held.push(second);
+    assert!(!case.plan().links["uid-a"].orders.close_idle);
+    third.close_idle = true;
+    case.held.push(third);
+    assert!(case.plan().links["uid-a"].orders.close_idle);
 
-    let table = &case.plan().links["uid-a"].table;
+    let table = &case.plan().links["uid-a"].orders.table;
 
     let ids = |port: &PortRoutes| -> Vec<String> {
         port.intercepts
@@ -221,7 +226,7 @@ fn a_workstation_that_left_a_moment_ago_keeps_its_routes() {
     case.held[0].connected = false;
 
     assert_eq!(case.reason(), Some(Reason::NoWorkstation));
-    assert!(!case.plan().links["uid-a"].table.ports.is_empty());
+    assert!(!case.plan().links["uid-a"].orders.table.ports.is_empty());
 }
 
 #[test]
