@@ -4,6 +4,8 @@
 //! leaves it. After a new Session the objects are pointed to it; otherwise nothing is written again, whatever happens to
 //! managers and carriers.
 
+mod readiness;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,9 +21,8 @@ use kube::{Api, ResourceExt as _};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::watch;
-use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
-use tp_manager_api::intercept::{AttachMode, InterceptSpec, Reason, Workload};
+use tp_manager_api::intercept::{AttachMode, InterceptSpec, Workload};
 use tp_manager_api::{ClientInfo, Intercept, Matcher, Matchers, Session};
 
 use super::inbound::{Counts, LocalAddress, Way, Ways};
@@ -32,12 +33,6 @@ use super::session::{SessionLease, host_name};
 use super::status::InterceptStatus;
 use crate::kubeconfig::Cluster;
 use crate::report::{Failure, status_of};
-
-/// How long an intercept may take to be ready while nothing is known to be wrong.
-const READY_WITHIN: Duration = Duration::from_secs(30);
-
-/// How long the manager may take to say anything of a new intercept.
-const HEARD_WITHIN: Duration = Duration::from_secs(5);
 
 /// Pause after the API server refused to let an object be watched: rights and credentials change by hand.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
@@ -94,8 +89,6 @@ pub struct Intercepts {
 #[derive(Debug)]
 struct Entry {
     object: String,
-    /// As it was made. The object's own may name another Session by now.
-    spec: InterceptSpec,
     wanted: WantedPort,
     counts: Arc<Counts>,
     seen_rx: watch::Receiver<Seen>,
@@ -106,8 +99,8 @@ struct Entry {
 #[derive(Clone, Debug)]
 enum Seen {
     There(Box<Intercept>),
-    /// Somebody deleted it.
-    Gone,
+    /// Somebody deleted it; what it was.
+    Gone(Box<InterceptSpec>),
 }
 
 impl Ways for Intercepts {
@@ -184,7 +177,7 @@ impl Intercepts {
             let entries = held.get(name).into_iter().flatten();
             entries.map(|entry| entry.seen_rx.clone()).collect()
         };
-        let waiting = join_all(entries.into_iter().map(ready)).await;
+        let waiting = join_all(entries.into_iter().map(readiness::wait)).await;
         waiting.into_iter().collect::<Result<(), _>>()?;
         tracing::info!(intercept = name, "ready");
         let mut statuses = self.statuses();
@@ -222,10 +215,10 @@ impl Intercepts {
         let Some(session) = self.lease.status().map(|status| status.name) else {
             return;
         };
-        for (spec, seen) in self.of_other_sessions(&session) {
+        for seen in self.of_other_sessions(&session) {
             let followed = match seen {
                 Seen::There(object) => self.point(&object, &session).await,
-                Seen::Gone => self.make_anew(spec, &session).await,
+                Seen::Gone(spec) => self.make_anew(*spec, &session).await,
             };
             if let Err(failure) = followed {
                 tracing::warn!(
@@ -236,16 +229,12 @@ impl Intercepts {
         }
     }
 
-    fn of_other_sessions(&self, session: &str) -> Vec<(InterceptSpec, Seen)> {
+    /// One that was deleted while its Session lived was meant to go.
+    fn of_other_sessions(&self, session: &str) -> Vec<Seen> {
         let held = self.lock();
         let all = held.values().flatten();
-        let seen = all.map(|entry| (entry.spec.clone(), entry.seen_rx.borrow().clone()));
-        seen.filter(|(spec, seen)| match seen {
-            Seen::There(object) => object.spec.session != session,
-            // Deleted while its Session lived, it was meant to go.
-            Seen::Gone => spec.session != session,
-        })
-        .collect()
+        let seen = all.map(|entry| entry.seen_rx.borrow().clone());
+        seen.filter(|seen| seen.spec().session != session).collect()
     }
 
     fn reserve(&self, name: &str) -> Result<(), Failure> {
@@ -369,13 +358,12 @@ impl Intercepts {
     }
 
     fn keep(&self, name: &str, wanted: WantedPort, object: Intercept) {
-        let (object_name, spec) = (object.name_any(), object.spec.clone());
+        let object_name = object.name_any();
         let (seen_tx, seen_rx) = watch::channel(Seen::There(Box::new(object)));
         let (login, namespace) = (self.login.clone(), self.namespace.clone());
         let following = follow(login, namespace, object_name.clone(), seen_tx);
         let entry = Entry {
             object: object_name,
-            spec,
             wanted,
             counts: Arc::default(),
             seen_rx,
@@ -394,7 +382,7 @@ impl Intercepts {
                     uid: object.uid(),
                     resource_version: None,
                 }),
-                Seen::Gone => return Ok(()),
+                Seen::Gone(_) => return Ok(()),
             },
             ..DeleteParams::default()
         };
@@ -445,33 +433,42 @@ impl Intercepts {
     }
 }
 
+impl Seen {
+    fn spec(&self) -> &InterceptSpec {
+        match self {
+            Self::There(object) => &object.spec,
+            Self::Gone(spec) => spec,
+        }
+    }
+}
+
 impl Entry {
     fn status(&self, name: &str) -> InterceptStatus {
-        let Seen::There(object) = self.seen_rx.borrow().clone() else {
+        let seen = self.seen_rx.borrow();
+        let known = InterceptStatus {
+            name: name.to_owned(),
+            object: self.object.clone(),
+            workload: seen.spec().workload.to_string(),
+            port: self.wanted.port,
+            service: self.wanted.service.clone(),
+            local: self.wanted.local.to_string(),
+            matchers: seen.spec().matchers.clone(),
+            flows: self.counts.flows.load(Relaxed),
+            refused: self.counts.refused.load(Relaxed),
+            ..InterceptStatus::default()
+        };
+        let Seen::There(object) = &*seen else {
+            let message = format!("somebody deleted it; `tp leave {name}` and intercept again");
             return InterceptStatus {
-                name: name.to_owned(),
-                object: self.object.clone(),
-                service: self.wanted.service.clone(),
-                port: self.wanted.port,
-                local: self.wanted.local.to_string(),
                 reason: Some("Deleted".to_owned()),
-                message: Some(format!(
-                    "somebody deleted it; `tp leave {name}` and intercept again"
-                )),
-                ..InterceptStatus::default()
+                message: Some(message),
+                ..known
             };
         };
         let told = object.status.clone().unwrap_or_default();
         let ready = told.ready();
         InterceptStatus {
-            name: name.to_owned(),
             id: object.uid().unwrap_or_default(),
-            object: self.object.clone(),
-            workload: object.spec.workload.to_string(),
-            port: self.wanted.port,
-            service: self.wanted.service.clone(),
-            local: self.wanted.local.to_string(),
-            matchers: object.spec.matchers.clone(),
             ready: object.is_ready(),
             reason: ready.map(|ready| ready.reason.clone()),
             message: ready
@@ -480,8 +477,7 @@ impl Entry {
             pods: told.desired,
             pods_attached: told.attached,
             open_before: told.open_before,
-            flows: self.counts.flows.load(Relaxed),
-            refused: self.counts.refused.load(Relaxed),
+            ..known
         }
     }
 }
@@ -516,9 +512,9 @@ async fn follow_until_refused(
             Ok(Some(object)) => {
                 seen_tx.send_replace(Seen::There(Box::new(object)));
             }
-            Ok(None) => {
-                seen_tx.send_replace(Seen::Gone);
-            }
+            Ok(None) => seen_tx.send_modify(|seen| {
+                *seen = Seen::Gone(Box::new(seen.spec().clone()));
+            }),
             Err(error) => {
                 tracing::debug!(%error, object = name, "not watched for a moment");
                 if let Some(error) = refusal(error) {
@@ -530,78 +526,6 @@ async fn follow_until_refused(
             }
         }
     }
-}
-
-/// What an object says of its readiness.
-enum Readiness {
-    Ready,
-    /// Nobody has looked at it.
-    Unheard,
-    /// Waiting may help.
-    Waiting(Failure),
-    /// Waiting does not help.
-    Stuck(Failure),
-}
-
-async fn ready(mut seen_rx: watch::Receiver<Seen>) -> Result<(), Failure> {
-    let begun = Instant::now();
-    loop {
-        let readiness = readiness(&seen_rx.borrow_and_update());
-        let (limit, late) = match readiness {
-            Readiness::Ready => return Ok(()),
-            Readiness::Stuck(failure) => return Err(failure),
-            Readiness::Unheard => (HEARD_WITHIN, unheard()),
-            Readiness::Waiting(failure) => (READY_WITHIN, failure),
-        };
-        match tokio::time::timeout_at(begun + limit, seen_rx.changed()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) | Err(_) => return Err(late),
-        }
-    }
-}
-
-fn readiness(seen: &Seen) -> Readiness {
-    let Seen::There(object) = seen else {
-        let failure = Failure::new("the intercept was deleted while it was being made");
-        return Readiness::Stuck(failure);
-    };
-    if object.is_ready() {
-        return Readiness::Ready;
-    }
-    let told = object.status.as_ref().and_then(|status| status.ready());
-    let Some(told) = told.filter(|told| told.observed_generation == object.metadata.generation)
-    else {
-        return Readiness::Unheard;
-    };
-    let reason = told.reason.parse::<Reason>();
-    let failure = not_ready(object, &told.message);
-    match reason {
-        // The next pod is attached as it comes; until then there is nobody to ask.
-        Ok(Reason::NoPods) => Readiness::Ready,
-        Ok(reason) if reason.is_lasting() => Readiness::Stuck(failure),
-        Ok(_) | Err(_) => Readiness::Waiting(failure),
-    }
-}
-
-/// The manager says what on the first line, and what to do about it on the second.
-fn not_ready(object: &Intercept, message: &str) -> Failure {
-    let InterceptSpec { workload, port, .. } = &object.spec;
-    let mut lines = message.lines();
-    let failure = Failure::new(format!("cannot intercept port {port} of {workload}"));
-    let failure = match lines.next() {
-        Some(why) if !why.is_empty() => failure.because(why),
-        Some(_) | None => failure,
-    };
-    match lines.next() {
-        Some(cure) => failure.hint(cure),
-        None => failure,
-    }
-}
-
-fn unheard() -> Failure {
-    Failure::new("the manager says nothing of the intercept")
-        .because(format!("no replica has looked at it within {HEARD_WITHIN:?}"))
-        .hint("`tp version` shows whether the manager is of a release that knows intercepts; its log says more")
 }
 
 fn unknown_kind() -> Failure {
@@ -645,120 +569,4 @@ fn held_by(holder: &Intercept, own: &InterceptSpec) -> Failure {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::Value;
-
-    use super::*;
-
-    fn intercept(user: &str, matchers: Value, condition: Option<(&str, &str, &str)>) -> Intercept {
-        let condition = condition.map(|(status, reason, message)| {
-            json!({
-                "type": "Ready", "status": status, "reason": reason, "message": message,
-                "lastTransitionTime": "2026-01-01T00:00:00Z", "observedGeneration": 1,
-            })
-        });
-        serde_json::from_value(json!({
-            "apiVersion": "tp.dev/v1alpha1",
-            "kind": "Intercept",
-            "metadata": { "name": "web-1", "generation": 1, "creationTimestamp": "2026-01-01T09:00:00Z" },
-            "spec": {
-                "name": "web", "user": user, "session": "tp-1", "port": 8080, "matchers": matchers,
-                "workload": { "kind": "Deployment", "name": "web" },
-                "client": { "host": "lovelace", "version": "1" },
-            },
-            "status": { "conditions": condition.into_iter().collect::<Vec<_>>() },
-        }))
-        .unwrap()
-    }
-
-    fn seen(condition: Option<(&str, &str, &str)>) -> Readiness {
-        readiness(&Seen::There(Box::new(intercept(
-            "ada",
-            json!([]),
-            condition,
-        ))))
-    }
-
-    #[test]
-    fn what_the_manager_says_decides_whether_waiting_helps() {
-        assert!(matches!(seen(None), Readiness::Unheard));
-        assert!(matches!(
-            seen(Some(("True", "Attached", ""))),
-            Readiness::Ready
-        ));
-        assert!(matches!(
-            seen(Some(("False", "Attaching", "1 of 2"))),
-            Readiness::Waiting(_)
-        ));
-        assert!(matches!(
-            seen(Some(("False", "FromTheFuture", ""))),
-            Readiness::Waiting(_)
-        ));
-        let Readiness::Stuck(failure) = seen(Some((
-            "False",
-            "PodSecurity",
-            "namespace shop enforces baseline\nask for privileged",
-        ))) else {
-            panic!("nothing to wait for");
-        };
-        assert_eq!(failure.what, "cannot intercept port 8080 of deployment/web");
-        assert_eq!(failure.why, ["namespace shop enforces baseline"]);
-        assert_eq!(failure.hint.as_deref(), Some("ask for privileged"));
-        assert!(matches!(readiness(&Seen::Gone), Readiness::Stuck(_)));
-    }
-
-    #[test]
-    fn a_status_of_an_older_spec_says_nothing() {
-        let mut object = intercept("ada", json!([]), Some(("False", "PodSecurity", "no")));
-        object.metadata.generation = Some(2);
-
-        let readiness = readiness(&Seen::There(Box::new(object)));
-
-        assert!(matches!(readiness, Readiness::Unheard));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_waits_is_told_what_was_last_known() {
-        let waited = |condition| async move {
-            let object = intercept("ada", json!([]), condition);
-            let (_seen_tx, seen_rx) = watch::channel(Seen::There(Box::new(object)));
-            let begun = Instant::now();
-            let failure = ready(seen_rx).await.unwrap_err();
-            (begun.elapsed(), failure)
-        };
-
-        let (took, failure) = waited(None).await;
-        assert_eq!(took, HEARD_WITHIN);
-        assert!(
-            failure.what.contains("the manager says nothing"),
-            "{failure}"
-        );
-        let (took, failure) = waited(Some(("False", "Attaching", "1 of 2 pods"))).await;
-        assert_eq!(took, READY_WITHIN);
-        assert_eq!(failure.why, ["1 of 2 pods"]);
-    }
-
-    #[test]
-    fn the_holder_is_named() {
-        let header = json!([{ "header": { "name": "x-user", "exact": "ada" } }]);
-        let own = intercept("ada", header.clone(), None).spec;
-
-        let others = held_by(&intercept("bob", header, None), &own);
-        let all = held_by(
-            &intercept("ada", json!([]), None),
-            &intercept("ada", json!([]), None).spec,
-        );
-
-        assert_eq!(
-            others.why,
-            [
-                "bob intercepts the same requests (header x-user = ada) since 2026-01-01 09:00:00Z, as web on lovelace"
-            ]
-        );
-        assert!(others.hint.unwrap().contains("ask bob"));
-        assert!(
-            all.why[0].starts_with("you already intercept everything"),
-            "{all:?}"
-        );
-    }
-}
+mod tests;

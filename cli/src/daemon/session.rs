@@ -137,6 +137,14 @@ impl SessionLease {
         }
     }
 
+    /// As if this machine had slept past its end.
+    #[cfg(test)]
+    pub(super) fn expire(&self) {
+        if let Some(written) = &mut self.lock().written {
+            written.expires_at = Timestamp::now() - SignedDuration::from_secs(1);
+        }
+    }
+
     async fn create(&self) -> Result<(), Unmet> {
         let writer = self.writer().await?;
         let expires_at = writer.now() + LIFETIME;
@@ -450,8 +458,7 @@ mod tests {
         };
         let lease = SessionLease::new(Login::new(&selectors).await.unwrap(), "shop".into());
         let first = lease.ensure().await.unwrap();
-        let slept = Timestamp::now() - SignedDuration::from_secs(1);
-        lease.lock().written.as_mut().unwrap().expires_at = slept;
+        lease.expire();
 
         let second = lease.ensure().await.unwrap();
 
