@@ -349,6 +349,7 @@ impl Intercepts {
                 "service": spec.service,
                 "container": spec.container,
                 "strict": spec.strict,
+                "closeIdle": spec.close_idle,
                 "attach": spec.attach,
                 "client": spec.client,
             },

@@ -309,6 +309,7 @@ async fn one_intercept() -> (Arc<ApiServer>, Arc<SessionLease>, Intercepts) {
         container: None,
         matchers: Matchers::default(),
         strict: false,
+        close_idle: false,
         attach: AttachMode::Auto,
         held: false,
     };
