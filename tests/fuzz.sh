@@ -25,7 +25,7 @@ fuzz() {
   local target=$1 left=$seconds corpus=$CARGO_TARGET_DIR/corpus/$1 seeds=()
   # The corpus grows outside the tree; what the tree has is read, never written.
   mkdir -p "$corpus" "$artifacts/$target"
-  [ ! -d "fuzz/corpus/$target" ] || seeds=("fuzz/corpus/$target")
+  [ ! -d "fuzz/seeds/$target" ] || seeds=("fuzz/seeds/$target")
   # libFuzzer counts wall time, which on a shared machine is not what was worked: slices until the processor time is reached.
   while [ "$left" -gt 0 ]; do
     echo "fuzzing $target for $left s of processor time"
