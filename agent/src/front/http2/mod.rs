@@ -13,8 +13,9 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use futures::FutureExt;
 use futures::future::{self, BoxFuture};
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use h2::client::{ResponseFuture, SendRequest};
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
@@ -23,7 +24,6 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
 use tp_manager_api::matcher::RequestHead;
 use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
 use tp_tunnel::{ByteStream, Workstation};
@@ -102,37 +102,37 @@ pub(super) async fn serve(
         drivers: drivers_tx,
         to_client: Queue::new(),
     });
-    let mut tasks = JoinSet::new();
+    // All in this one task: a request crosses no thread on its way.
+    let mut running: FuturesUnordered<BoxFuture<'static, Ended>> = FuturesUnordered::new();
     let mut given_up = GivenUp::default();
     loop {
         tokio::select! {
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
                     let peers = Arc::clone(&peers);
-                    tasks.spawn(async move {
+                    running.push(Box::pin(async move {
                         peers.stream(request, respond).await
-                    });
+                    }));
                 }
                 Some(Err(_)) | None => break,
             },
-            Some(driver) = drivers.recv() => drop(tasks.spawn(driver)),
-            Some(ended) = tasks.join_next(), if !tasks.is_empty() => match ended {
+            Some(driver) = drivers.recv() => running.push(driver),
+            Some(ended) = running.next(), if !running.is_empty() => match ended {
                 // As the client would have seen it: no new requests, and the end of the open ones.
-                Ok(Ended::App) => connection.graceful_shutdown(),
-                Ok(Ended::Stream | Ended::Workstation) => {}
-                Ok(Ended::GivenUp) => {
+                Ended::App => connection.graceful_shutdown(),
+                Ended::Stream | Ended::Workstation => {}
+                Ended::GivenUp => {
                     if given_up.one_more(Instant::now()) {
                         tracing::debug!(peer = %place.peer, "too many streams reset by their client");
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
                 }
-                Err(error) => tracing::error!(%error, "a stream's task ended abnormally"),
             },
         }
     }
 }
 
-/// Which task of a connection has ended.
+/// Which part of a connection has ended.
 #[derive(Debug)]
 enum Ended {
     Stream,
