@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use tokio::net::unix::pipe;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tp_agent::heartbeat::{Heard, Parent};
+use tp_agent::heartbeat::{Heard, Parent, Word};
 use tp_agent::redirect::Redirect;
 use tp_agent::worker::{self, Destination, Inbound, Listeners, Worker};
 use tp_agent::{heartbeat, parent};
@@ -67,6 +68,9 @@ fn in_place_of(text: &str) -> Result<(SocketAddr, SocketAddr), String> {
 }
 
 fn main() -> ExitCode {
+    if let Err(error) = without_huge_pages() {
+        eprintln!("tp-agent takes more memory than it needs: {error}");
+    }
     let arguments = Arguments::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("TP_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
@@ -81,6 +85,18 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A huge page for the first bytes of each thread would be most of the memory that this program has. The allocator has
+/// begun before anything else, so the program begins anew, once.
+fn without_huge_pages() -> std::io::Result<()> {
+    use rustix::thread::{disable_transparent_huge_pages, transparent_huge_pages_are_disabled};
+    if transparent_huge_pages_are_disabled()? {
+        return Ok(());
+    }
+    disable_transparent_huge_pages(true)?;
+    let mut again = std::process::Command::new(std::env::current_exe()?);
+    Err(again.args(std::env::args_os().skip(1)).exec())
 }
 
 fn run(arguments: Arguments) -> Result<()> {
@@ -167,8 +183,9 @@ async fn work(arguments: Arguments) -> Result<()> {
     }
     tracing::info!(address = ?control.local_addr().ok(), key = %identity.key_hash(), "control");
     let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
+    let supervised = arguments.worker;
     let (heard_tx, heard) = watch::channel(Heard::default());
-    let pipe = match arguments.worker {
+    let pipe = match supervised {
         true => Some(input().context("the parent's pipe is missing")?),
         false => None,
     };
@@ -189,9 +206,14 @@ async fn work(arguments: Arguments) -> Result<()> {
         identity,
         manager: arguments.manager_key,
         lease: Duration::from_secs(arguments.lease),
-        parent: arguments.worker.then(|| Parent::new(heard)),
+        parent: supervised.then(|| Parent::new(heard)),
     };
-    let served = worker::serve(worker, heartbeat::say_to(std::io::stdout()), stopped);
+    let mut say = heartbeat::say_to(std::io::stdout());
+    let say = |word: &Word| match supervised {
+        true => say(word),
+        false => Ok(()),
+    };
+    let served = worker::serve(worker, say, stopped);
     served.await.context("the parent is gone")
 }
 
