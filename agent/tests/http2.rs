@@ -55,6 +55,12 @@ async fn serve(tcp: TcpStream, name: &'static str) {
                 .body(())
                 .unwrap();
             let mut stream = respond.send_response(response, false).unwrap();
+            if head.uri.path() == "/many" {
+                for n in 0..MANY {
+                    let word = format!("{n:07} ");
+                    stream.send_data(word.into(), false).unwrap();
+                }
+            }
             stream.send_data(text.into(), false).unwrap();
             let mut trailers = HeaderMap::new();
             trailers.insert("grpc-status", "0".parse().unwrap());
@@ -62,6 +68,9 @@ async fn serve(tcp: TcpStream, name: &'static str) {
         });
     }
 }
+
+/// Short messages of a stream, more than one window has room for.
+const MANY: usize = 20_000;
 
 async fn collect(mut body: RecvStream) -> Result<(Vec<u8>, Option<HeaderMap>), h2::Error> {
     let mut all = Vec::new();
@@ -220,6 +229,31 @@ async fn a_vanished_workstation_is_a_502_within_three_seconds() {
     // The next one falls open, until the routes run out.
     let answer = call(&requests, "/next", "ada", b"").await;
     assert_eq!(answer, "app POST /next 0 for 127.0.0.1 fallback");
+}
+
+#[tokio::test]
+async fn short_messages_pass_in_thousands_both_ways() {
+    let agent = agent().await;
+    let words: String = (0..MANY).map(|n| format!("{n:07} ")).collect();
+    for (user, who) in [("ada", "local"), ("eve", "app")] {
+        let requests = client(agent.address).await;
+        let mut requests = requests.ready().await.unwrap();
+        let (response, mut stream) = requests
+            .send_request(request("/many", user), false)
+            .unwrap();
+        for word in words.as_bytes().chunks(8) {
+            stream
+                .send_data(Bytes::copy_from_slice(word), false)
+                .unwrap();
+        }
+        stream.send_data(Bytes::new(), true).unwrap();
+        let response = soon(response).await.unwrap();
+        let (text, trailers) = soon(collect(response.into_body())).await.unwrap();
+        let text = String::from_utf8(text).unwrap();
+        let said = format!("{who} POST /many {} for 127.0.0.1", words.len());
+        assert!(text == format!("{words}{said}"), "{} bytes", text.len());
+        assert_eq!(trailers.unwrap()["grpc-status"], "0");
+    }
 }
 
 #[tokio::test]

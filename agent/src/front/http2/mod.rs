@@ -3,6 +3,7 @@
 //! A client's connection has one connection to the application and one flow to each workstation that one of its streams
 //! belongs to; on them its streams are streams again, with their trailers and resets. gRPC is nothing special.
 
+mod intake;
 mod queued;
 
 use std::collections::{HashMap, hash_map};
@@ -34,7 +35,8 @@ use crate::book::Live;
 use crate::budget::LARGE;
 use crate::route::{Decision, decide};
 use crate::upstream::{Dialing, dial};
-use queued::{QUEUE, Queue, Queued};
+use intake::{End, Intake};
+use queued::{QUEUE, Queue, Queued, Room};
 
 /// Streams that a stranger may have open on one connection.
 const STREAMS_MAX: u32 = 128;
@@ -51,7 +53,7 @@ const FAR_WINDOW: u32 = 1 << 20;
 
 /// What h2 reckons for small DATA frames that nobody has read, 256 bytes each. Its default ends a connection at 127 of them
 /// with such windows, and a gRPC stream of short messages has more in one segment; with this the window ends first, for
-/// frames of four bytes and more.
+/// frames of four bytes and more; and what has come is taken out at once (`intake.rs`).
 const FRAMES_BUDGET: usize = 4 << 20;
 
 /// Bytes handed to h2 at a time.
@@ -224,28 +226,30 @@ impl Peers {
         request: Request<RecvStream>,
         mut respond: SendResponse<Queued>,
     ) -> Ended {
-        let (head, mut body) = request.into_parts();
+        let (head, body) = request.into_parts();
+        let mut body = Intake::new(body);
         if head.method == Method::CONNECT {
             answer(&mut respond, StatusCode::NOT_IMPLEMENTED, "no CONNECT here");
             return Ended::Stream;
         }
         let port = self.shared.book.port(self.place.listen);
-        let mut early = Vec::new();
         let to_match = to_match(&head);
         let decision = match decide(port.as_deref(), &to_match, None) {
             Decision::NeedsBody => {
-                let operation = self.operation(&mut body, &mut early).await;
+                let operation = self.operation(&mut body).await;
                 decide(port.as_deref(), &to_match, Some(&operation))
             }
             decided @ (Decision::App | Decision::Mine(_)) => decided,
         };
         let (peer, fallback, mine) = match decision {
-            Decision::Mine(live) => match self.peer(Whose::Mine(live)).await {
+            Decision::Mine(live) => match body.meanwhile(self.peer(Whose::Mine(live))).await {
                 Ok(peer) => (Ok(peer), false, true),
                 Err(Unreachable) if live.route.strict => (Err(Unreachable), false, true),
-                Err(Unreachable) => (self.peer(Whose::App).await, true, false),
+                Err(Unreachable) => (body.meanwhile(self.peer(Whose::App)).await, true, false),
             },
-            Decision::App | Decision::NeedsBody => (self.peer(Whose::App).await, false, false),
+            Decision::App | Decision::NeedsBody => {
+                (body.meanwhile(self.peer(Whose::App)).await, false, false)
+            }
         };
         drop(to_match);
         match peer {
@@ -254,7 +258,6 @@ impl Peers {
                 let exchange = Exchange {
                     respond,
                     to_client: self.to_client.clone(),
-                    early,
                     fallback,
                     mine,
                 };
@@ -267,25 +270,21 @@ impl Peers {
     }
 
     /// Reads the body for the operation in it; a body that is too large or too slow has none.
-    async fn operation(&self, body: &mut RecvStream, early: &mut Vec<Bytes>) -> Operation {
+    async fn operation(&self, body: &mut Intake) -> Operation {
         let Some(_share) = self.shared.budget.take(LARGE) else {
             return Operation::default();
         };
-        let mut size = 0;
         let read = async {
-            while let Some(Ok(data)) = body.data().await {
-                size += data.len();
-                let _ = body.flow_control().release_capacity(data.len());
-                early.push(data);
-                if size > BODY_MAX {
-                    return false;
-                }
+            while !body.has_ended() && body.waiting() <= BODY_MAX {
+                body.fill().await;
+                body.release_all();
             }
-            true
         };
-        match tokio::time::timeout(BODY_TIMEOUT, read).await {
-            Ok(true) => Operation::of_body(&early.concat()),
-            Ok(false) | Err(_) => Operation::default(),
+        // Out of time it is not whole, and has none either.
+        let _ = tokio::time::timeout(BODY_TIMEOUT, read).await;
+        match body.has_ended() && body.waiting() <= BODY_MAX {
+            true => Operation::of_body(&body.peek()),
+            false => Operation::default(),
         }
     }
 
@@ -466,16 +465,13 @@ fn answer(respond: &mut SendResponse<Queued>, status: StatusCode, why: &str) {
 struct Exchange {
     respond: SendResponse<Queued>,
     to_client: Queue,
-    /// Body that was read for a matcher.
-    early: Vec<Bytes>,
     fallback: bool,
     mine: bool,
 }
 
 impl Exchange {
-    async fn run(mut self, mut peer: Peer, request: Request<()>, body: RecvStream) -> Ended {
-        let early = std::mem::take(&mut self.early);
-        let empty = body.is_end_stream() && early.is_empty();
+    async fn run(mut self, mut peer: Peer, request: Request<()>, body: Intake) -> Ended {
+        let empty = body.is_done();
         let (mut response, to_peer) = match peer.requests.send_request(request, empty) {
             Ok(sent) => sent,
             Err(error) => {
@@ -486,7 +482,7 @@ impl Exchange {
         let upload = async {
             match empty {
                 true => Ok(()),
-                false => pump(early, body, to_peer, &peer.queue).await,
+                false => pump(body, to_peer, &peer.queue).await,
             }
         };
         let download = async {
@@ -508,7 +504,7 @@ impl Exchange {
             if let Ok(to_client) = self.respond.send_response(response, empty)
                 && !empty
             {
-                let _ = pump(Vec::new(), body, to_client, &self.to_client).await;
+                let _ = pump(Intake::new(body), to_client, &self.to_client).await;
             }
             Ended::Stream
         };
@@ -564,82 +560,49 @@ enum Pumped {
 }
 
 /// Moves the data and the trailers of one direction, no more than the windows of both sides allow.
-async fn pump(
-    early: Vec<Bytes>,
-    mut from: RecvStream,
-    mut to: SendStream<Queued>,
-    queue: &Queue,
-) -> Result<(), Pumped> {
-    for data in early {
-        send(&mut to, queue, data, false).await?;
-    }
+async fn pump(mut from: Intake, mut to: SendStream<Queued>, queue: &Queue) -> Result<(), Pumped> {
     loop {
-        let data = tokio::select! {
+        if let Some(end) = from.take_end() {
+            let told = match end {
+                End::Plain => to.send_data(Bytes::new().into(), true),
+                End::Trailers(trailers) => to.send_trailers(trailers),
+                End::Failed(error) => return Err(lost(&mut to, &error)),
+            };
+            return told.map_err(|_| Pumped::Deaf);
+        }
+        let wanted = from.waiting().min(PIECE);
+        tokio::select! {
             biased;
-            data = from.data() => data,
-            _ = poll_fn(|cx| to.poll_reset(cx)) => return Err(Pumped::Deaf),
-        };
-        match data {
-            Some(Ok(data)) => {
-                let size = data.len();
-                let last = from.is_end_stream();
-                if size > 0 || last {
-                    send(&mut to, queue, data, last).await?;
-                }
-                // Only now may the other side send as much again.
-                let _ = from.flow_control().release_capacity(size);
+            () = from.fill() => {}
+            room = room(&mut to, queue, wanted) => {
+                let room = room?;
+                let piece = room.of(&mut from);
+                let last = from.is_done();
+                to.send_data(piece, last).map_err(|_| Pumped::Deaf)?;
                 if last {
                     return Ok(());
                 }
             }
-            Some(Err(error)) => return Err(lost(&mut to, &error)),
-            None => break,
         }
-    }
-    match from.trailers().await {
-        Ok(Some(trailers)) => to.send_trailers(trailers).map_err(|_| Pumped::Deaf),
-        Ok(None) => to
-            .send_data(Bytes::new().into(), true)
-            .map_err(|_| Pumped::Deaf),
-        Err(error) => Err(lost(&mut to, &error)),
     }
 }
 
-/// Sends what the windows of the other side have room for; they come first, so that a stream that may not send takes no
-/// room from others.
-async fn send(
-    to: &mut SendStream<Queued>,
-    queue: &Queue,
-    mut data: Bytes,
-    last: bool,
-) -> Result<(), Pumped> {
-    if data.is_empty() {
-        return match last {
-            true => to.send_data(data.into(), true).map_err(|_| Pumped::Deaf),
-            false => Ok(()),
-        };
-    }
-    while !data.is_empty() {
-        to.reserve_capacity(data.len().min(PIECE));
-        let room = match to.capacity() {
-            0 => match poll_fn(|cx| to.poll_capacity(cx)).await {
-                Some(Ok(room)) => room,
-                Some(Err(_)) | None => return Err(Pumped::Deaf),
-            },
-            room => room,
-        };
-        let piece = data.split_to(room.min(data.len()).min(PIECE));
-        if !piece.is_empty() {
-            let piece = tokio::select! {
-                biased;
-                piece = queue.put(piece) => piece,
-                _ = poll_fn(|cx| to.poll_reset(cx)) => return Err(Pumped::Deaf),
-            };
-            to.send_data(piece, last && data.is_empty())
-                .map_err(|_| Pumped::Deaf)?;
+/// Waits until so many bytes or fewer can be sent; where there are none, for the end of who would take them. The windows of
+/// the other side come first, so that a stream that may not send takes no room from others. Cancel safe.
+async fn room(to: &mut SendStream<Queued>, queue: &Queue, wanted: usize) -> Result<Room, Pumped> {
+    to.reserve_capacity(wanted);
+    while wanted > 0 && to.capacity() == 0 {
+        match poll_fn(|cx| to.poll_capacity(cx)).await {
+            Some(Ok(_)) => {}
+            Some(Err(_)) | None => return Err(Pumped::Deaf),
         }
     }
-    Ok(())
+    let size = wanted.min(to.capacity());
+    tokio::select! {
+        biased;
+        room = queue.room(size), if wanted > 0 => Ok(room),
+        _ = poll_fn(|cx| to.poll_reset(cx)) => Err(Pumped::Deaf),
+    }
 }
 
 /// A reset is passed on with its code; a lost connection is an error on the other side, never an end.

@@ -9,12 +9,21 @@ use std::sync::Arc;
 use bytes::{Buf, Bytes};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::intake::Intake;
+
 /// Bytes that may wait in one connection, in one direction.
 pub(super) const QUEUE: usize = 32 * 1024;
 
 /// Room of one direction of a connection; its streams share it.
 #[derive(Clone, Debug)]
 pub(super) struct Queue(Arc<Semaphore>);
+
+/// Room for one piece, or more than it needs.
+#[derive(Debug)]
+pub(super) struct Room {
+    size: usize,
+    permit: Option<OwnedSemaphorePermit>,
+}
 
 /// A piece with its room.
 #[derive(Debug)]
@@ -28,14 +37,22 @@ impl Queue {
         Self(Arc::new(Semaphore::new(QUEUE)))
     }
 
-    /// Waits for room. `data` is at most [`QUEUE`] bytes. Cancel safe, but for the data.
-    pub(super) async fn put(&self, data: Bytes) -> Queued {
-        let size = u32::try_from(data.len().min(QUEUE)).unwrap_or_default();
-        let room = Arc::clone(&self.0).acquire_many_owned(size).await;
+    /// Waits for room, at most [`QUEUE`] bytes. Cancel safe.
+    pub(super) async fn room(&self, size: usize) -> Room {
+        let size = size.min(QUEUE);
+        let permits = u32::try_from(size).unwrap_or_default();
         // It is never closed.
+        let permit = Arc::clone(&self.0).acquire_many_owned(permits).await.ok();
+        Room { size, permit }
+    }
+}
+
+impl Room {
+    /// A piece of what waits.
+    pub(super) fn of(self, intake: &mut Intake) -> Queued {
         Queued {
-            data,
-            _room: room.ok(),
+            data: intake.take(self.size),
+            _room: self.permit,
         }
     }
 }
