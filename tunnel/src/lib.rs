@@ -25,8 +25,8 @@ pub use proxy_status::{DialError, DialErrorKind};
 pub use server::{Dialed, Service, serve, serve_with};
 pub use settings::Settings;
 pub use streams::{
-    DatagramFlow, DatagramReceiver, DatagramSender, Ended, Flow, FlowReader, FlowReceiver,
-    FlowSender, FlowWriter, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Relayed, Workstation,
-    descriptors_are_scarce, join, relay, set_up_flow_socket,
+    Attention, DatagramFlow, DatagramReceiver, DatagramSender, Ended, Flow, FlowReader,
+    FlowReceiver, FlowSender, FlowWriter, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Relayed,
+    Workstation, descriptors_are_scarce, join, relay, set_up_flow_socket,
 };
 pub use target::{Host, ParseTargetError, Target};

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 /// Monotonic counters but for the gauge of open flows. Relaxed: nothing is ordered by them.
 #[derive(Default)]
 pub(crate) struct Meter {
@@ -13,7 +15,12 @@ pub(crate) struct Meter {
     heard: AtomicU64,
     ended: AtomicBool,
     round_trip_ns: AtomicU64,
+    attention: AtomicU64,
+    silent: watch::Sender<bool>,
 }
+
+/// Somebody has to know soon when the peer falls silent, for as long as this lives.
+pub(crate) struct Attention(Arc<Meter>);
 
 /// Counts one open flow for as long as it lives.
 pub(crate) struct OpenFlow(Arc<Meter>);
@@ -72,9 +79,35 @@ impl Meter {
         self.round_trip_ns.store(nanos.max(1), Ordering::Relaxed);
     }
 
+    pub(crate) fn attend(self: &Arc<Self>) -> Attention {
+        self.attention.fetch_add(1, Ordering::Relaxed);
+        Attention(Arc::clone(self))
+    }
+
+    /// Whether somebody has to know soon when the peer falls silent.
+    pub(crate) fn attended(&self) -> bool {
+        self.attention.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether the peer leaves a PING unanswered for longer than [`crate::Settings::silence`].
+    pub(crate) fn silent(&self) -> watch::Receiver<bool> {
+        self.silent.subscribe()
+    }
+
+    pub(crate) fn set_silent(&self, silent: bool) {
+        self.silent
+            .send_if_modified(|was| std::mem::replace(was, silent) != silent);
+    }
+
     pub(crate) fn open_flow(self: &Arc<Self>) -> OpenFlow {
         self.flows.fetch_add(1, Ordering::Relaxed);
         OpenFlow(Arc::clone(self))
+    }
+}
+
+impl Drop for Attention {
+    fn drop(&mut self) {
+        self.0.attention.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -11,6 +11,11 @@ use std::time::Duration;
 pub struct Settings {
     /// How often the client pings an otherwise silent peer.
     pub ping_interval: Duration,
+    /// The same while somebody attends to the peer ([`crate::Workstation::attend`]).
+    pub attentive_ping_interval: Duration,
+    /// How long a ping may be without an answer, and without any other byte, before the peer counts as silent. Its
+    /// connection goes on.
+    pub silence: Duration,
     /// How long a client waits for the answer to a ping before it calls the carrier dead.
     pub ping_timeout: Duration,
     /// How long a server hears nothing from a client before it drops it.
@@ -31,6 +36,8 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             ping_interval: Duration::from_secs(5),
+            attentive_ping_interval: Duration::from_secs(1),
+            silence: Duration::from_secs(2),
             ping_timeout: Duration::from_secs(5),
             peer_silence: Duration::from_secs(30),
             datagram_idle: Duration::from_secs(120),

@@ -6,6 +6,7 @@ mod common;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use common::{eventually, listener, pattern, read_all, send_and_finish, soon};
@@ -13,11 +14,12 @@ use futures::future::BoxFuture;
 use http::{Request, Response};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tp_tunnel::{
     ByteStream, DialError, DialErrorKind, Dialed, Flow, FlowError, NotOpened, OpenError,
-    POSTED_MAX, Service, Target, Tunnel, TunnelError, Workstation, join, relay, serve,
+    POSTED_MAX, Service, Settings, Target, Tunnel, TunnelError, Workstation, join, relay,
+    serve_with,
 };
 
 const PEER: &str = "10.1.2.3:4567";
@@ -64,14 +66,19 @@ async fn ends() -> Ends {
 }
 
 async fn ends_over(ours: impl ByteStream, theirs: impl ByteStream) -> Ends {
+    ends_with(ours, theirs, Settings::default()).await
+}
+
+async fn ends_with(ours: impl ByteStream, theirs: impl ByteStream, settings: Settings) -> Ends {
     let agent = Arc::new(Agent::default());
     let (shutdown, stopped) = oneshot::channel::<()>();
     let service: Arc<dyn Service> = agent.clone();
-    let server = tokio::spawn(serve(theirs, service, async {
+    let stopped = async {
         if stopped.await.is_err() {
             std::future::pending().await
         }
-    }));
+    };
+    let server = tokio::spawn(serve_with(theirs, service, settings, stopped));
     let (tunnel, driver) = Tunnel::establish(ours).await.unwrap();
     let driver = tokio::spawn(driver);
     let workstation = agent.workstation.lock().unwrap().take().unwrap();
@@ -401,4 +408,45 @@ async fn a_stalled_reader_of_a_joined_flow_stalls_nobody_else() {
     assert_eq!(read.unwrap(), data);
     joining.abort();
     accepting.abort();
+}
+
+#[tokio::test]
+async fn a_silent_workstation_is_noticed_by_who_attends_and_heard_again() {
+    let (ours, theirs) = duplex(256 * 1024);
+    // What happens to bytes between the two while the workstation sleeps: nothing.
+    let (near, far) = duplex(256 * 1024);
+    let (sleep, mut asleep) = watch::channel(false);
+    tokio::spawn(async move {
+        let (mut near, mut theirs) = (near, theirs);
+        let mut copy = std::pin::pin!(tokio::io::copy_bidirectional(&mut near, &mut theirs));
+        loop {
+            tokio::select! {
+                biased;
+                Ok(_) = asleep.wait_for(|asleep| *asleep) => {}
+                _ = &mut copy => return,
+            }
+            if asleep.wait_for(|asleep| !*asleep).await.is_err() {
+                return;
+            }
+        }
+    });
+    let settings = Settings {
+        attentive_ping_interval: Duration::from_millis(20),
+        silence: Duration::from_millis(60),
+        ..Settings::default()
+    };
+    let ends = ends_with(ours, far, settings).await;
+    let (local, address) = listener().await;
+    let accepting = accept_for(&ends.tunnel, address);
+    let mut attention = ends.workstation.attend();
+    let flow = open(&ends.workstation).await.unwrap();
+    assert!(!ends.workstation.is_silent());
+
+    sleep.send_replace(true);
+    soon(attention.silent()).await;
+    assert!(ends.workstation.is_silent());
+    sleep.send_replace(false);
+
+    eventually("it is heard again", || !ends.workstation.is_silent()).await;
+    drop((flow, local, accepting));
 }

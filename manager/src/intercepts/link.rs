@@ -353,7 +353,7 @@ fn routes(table: &RouteTable, intercept: &str) -> bool {
 }
 
 /// One flow, from the agent's offer to its end. The workstation is asked first; what it does not take, the agent gets back
-/// at once.
+/// at once. What it took and then fell silent about is reset, so that somebody can say so to whoever waits for the answer.
 async fn carry(mut incoming: Incoming, workstations: Arc<Workstations>) {
     let (intercept, peer) = (incoming.intercept().to_owned(), incoming.peer());
     let opened = tokio::select! {
@@ -361,8 +361,11 @@ async fn carry(mut incoming: Incoming, workstations: Arc<Workstations>) {
         () = incoming.cancelled() => return,
     };
     match opened {
-        Ok(there) => match incoming.opened().await {
-            Ok(here) => join(here, there).await,
+        Ok((there, mut attention)) => match incoming.opened().await {
+            Ok(here) => tokio::select! {
+                () = join(here, there) => {}
+                () = attention.silent() => tracing::info!(intercept, "the workstation is silent: flow reset"),
+            },
             Err(error) => tracing::debug!(%error, "the agent gave up"),
         },
         Err(error) => {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tp_manager_api::route_table::LEASE;
-use tp_tunnel::{Flow, NotOpened, Workstation};
+use tp_tunnel::{Attention, Flow, NotOpened, Workstation};
 
 /// Uid of a Session.
 pub(super) type SessionUid = Arc<str>;
@@ -149,12 +149,16 @@ impl Workstations {
         inner.places.retain(|_, place| !gone(place));
     }
 
-    /// Offers a flow of this intercept to its workstation, the newest connection first. Dropping the future takes the
-    /// offer back.
+    /// Offers a flow of this intercept to its workstation, the newest connection first, and says when that falls silent.
+    /// Dropping the future takes the offer back.
     ///
     /// # Errors
     /// It was not taken; nothing of the flow was sent.
-    pub(super) async fn open(&self, intercept: &str, peer: SocketAddr) -> Result<Flow, NotOpened> {
+    pub(super) async fn open(
+        &self,
+        intercept: &str,
+        peer: SocketAddr,
+    ) -> Result<(Flow, Attention), NotOpened> {
         for connection in self.connections(intercept) {
             match connection.open(intercept, peer).await {
                 Err(NotOpened::Closed) => {}
@@ -190,17 +194,24 @@ impl Workstations {
 }
 
 impl Connection {
-    async fn open(&self, intercept: &str, peer: SocketAddr) -> Result<Flow, NotOpened> {
-        if self.suspect.load(Relaxed) && self.probing.swap(true, Relaxed) {
+    async fn open(
+        &self,
+        intercept: &str,
+        peer: SocketAddr,
+    ) -> Result<(Flow, Attention), NotOpened> {
+        if self.workstation.is_silent()
+            || self.suspect.load(Relaxed) && self.probing.swap(true, Relaxed)
+        {
             return Err(NotOpened::TimedOut);
         }
         let _probe = Probe(&self.probing);
+        let attention = self.workstation.attend();
         let outcome = self.workstation.open(intercept, peer).await;
         let silent = matches!(outcome, Err(NotOpened::TimedOut));
         if self.suspect.swap(silent, Relaxed) != silent {
             tracing::info!(silent, intercept, "workstation");
         }
-        outcome
+        outcome.map(|flow| (flow, attention))
     }
 }
 

@@ -60,6 +60,8 @@ pub(crate) struct Pulse {
     timer: Pin<Box<Sleep>>,
     beat: Beat,
     interval: Duration,
+    attentive_interval: Duration,
+    silence: Duration,
     patience: Duration,
     estimator: Estimator,
     meter: Arc<Meter>,
@@ -105,6 +107,8 @@ impl Pulse {
                 received: 0,
             },
             interval: s.ping_interval,
+            attentive_interval: s.attentive_ping_interval,
+            silence: s.silence,
             patience: match role {
                 Role::Client => s.ping_timeout,
                 Role::Server => s.peer_silence,
@@ -142,7 +146,11 @@ impl Pulse {
     }
 
     fn rest(&mut self, cx: &mut Context<'_>, now: Instant, since: Instant, received: u64) {
-        let due = since + self.interval;
+        let due = since
+            + match self.meter.attended() {
+                true => self.attentive_interval,
+                false => self.interval,
+            };
         let busy = self.meter.received() - received >= BUSY_BYTES && now >= since + BUSY_INTERVAL;
         if now < due && !busy {
             self.set_timer(cx, due);
@@ -170,6 +178,7 @@ impl Pulse {
             if answer.is_ok() {
                 self.on_pong(now, now - sent);
             }
+            self.meter.set_silent(false);
             self.set_timer(cx, now + self.interval);
             return Ok(());
         }
@@ -180,6 +189,8 @@ impl Pulse {
         } else {
             now + self.patience
         };
+        let silent_at = deadline - self.patience + self.silence;
+        self.meter.set_silent(now >= silent_at);
         if now >= deadline {
             return Err(TunnelError::Silent(self.patience));
         }
@@ -188,7 +199,8 @@ impl Pulse {
             heard: heard_now,
             deadline,
         };
-        self.set_timer(cx, deadline);
+        let next = if now < silent_at { silent_at } else { deadline };
+        self.set_timer(cx, next.min(deadline));
         Ok(())
     }
 

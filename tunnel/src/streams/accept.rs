@@ -27,7 +27,7 @@ use bytes::{Buf, Bytes};
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Response};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{FlowError, OpenError};
@@ -186,6 +186,21 @@ impl Workstation {
             .unwrap_or(Err(NotOpened::TimedOut))
     }
 
+    /// Makes sure that silence of the peer is noticed within [`crate::Settings::attentive_ping_interval`] and
+    /// [`crate::Settings::silence`], for as long as the result lives. Taken before a flow is offered.
+    pub fn attend(&self) -> Attention {
+        let meter = &self.pool.link.meter;
+        Attention {
+            silent: meter.silent(),
+            _attention: meter.attend(),
+        }
+    }
+
+    /// Whether the peer has been silent; then an offer would only cost its time.
+    pub fn is_silent(&self) -> bool {
+        *self.pool.link.meter.silent().borrow()
+    }
+
     /// Whether the connection under it takes nothing new.
     pub fn is_closed(&self) -> bool {
         self.pool.lock().closed
@@ -217,6 +232,30 @@ impl Workstation {
         };
         drop(streams);
         self.pool.changed.notify_waiters();
+    }
+}
+
+/// What [`Workstation::attend`] gives.
+pub struct Attention {
+    silent: watch::Receiver<bool>,
+    _attention: crate::meter::Attention,
+}
+
+impl fmt::Debug for Attention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attention")
+            .field("silent", &*self.silent.borrow())
+            .finish()
+    }
+}
+
+impl Attention {
+    /// Waits until the peer is silent. Cancel safe.
+    pub async fn silent(&mut self) {
+        // The connection has ended, and its flows have heard that.
+        if self.silent.wait_for(|silent| *silent).await.is_err() {
+            std::future::pending().await
+        }
     }
 }
 

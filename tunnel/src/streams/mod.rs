@@ -9,7 +9,7 @@ mod io;
 mod relay;
 mod socket;
 
-pub use accept::{Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Workstation, join};
+pub use accept::{Attention, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Workstation, join};
 pub use datagram::{DatagramFlow, DatagramReceiver, DatagramSender};
 pub use flow::{Flow, FlowReceiver, FlowSender};
 pub use io::{FlowReader, FlowWriter};
