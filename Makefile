@@ -33,7 +33,7 @@ binaries: ## tp, tp-manager and tp-agent as static release binaries, and the tes
 	@echo 'programs: $(TP_BIN_DIR)'
 
 image: binaries ## the manager's image, as target/image/tp.tar
-	manager/image.sh
+	manager/image.sh $(TP_BIN_DIR)
 
 cluster: ## builds and starts the test cluster
 	@$(CLUSTER)/build.sh

@@ -1,18 +1,16 @@
 #!/bin/bash
-# usage: image.sh   builds the static tp-manager and tp-agent and writes target/image/tp.tar, a docker-archive of lab.local/tp:dev.
-# Needs no container tool. STRIP=strip is used when present, since nobody reads symbols inside the image.
+# usage: image.sh BIN_DIR   packs the static tp-manager and tp-agent of that folder as target/image/tp.tar, a docker-archive of
+# lab.local/tp:dev. Needs no container tool. STRIP=strip is used when present, since nobody reads symbols inside the image.
+# It builds nothing: a selection of packages of its own would mean other features, and a second build of most crates.
 set -euo pipefail
+bin_dir="$(realpath "$1")"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
-
-target=x86_64-unknown-linux-gnu
-cargo build --release --package tp-manager --package tp-agent --target "$target" \
-    --config "target.$target.rustflags=[\"-Ctarget-feature=+crt-static\"]"
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 for program in tp-manager tp-agent; do
-    cp "${CARGO_TARGET_DIR:-target}/$target/release/$program" "$work/$program"
+    cp "$bin_dir/$program" "$work/$program"
     if command -v "${STRIP:-strip}" >/dev/null; then "${STRIP:-strip}" "$work/$program"; fi
 done
 
