@@ -66,7 +66,7 @@ impl Process {
         .await;
         let pinned = Identity::from_seed(SEED).unwrap().key_hash();
         tp_tunnel::carrier::tune(&tcp).unwrap();
-    let tls = connect_tls(tcp, &manager, &pinned).await.unwrap();
+        let tls = connect_tls(tcp, &manager, &pinned).await.unwrap();
         let settings = Settings {
             ping_interval: Duration::from_secs(1),
             ..Settings::default()

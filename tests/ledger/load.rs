@@ -30,7 +30,19 @@ pub(crate) struct Load {
 #[derive(Clone, Copy)]
 pub(crate) enum Version {
     Http1,
+    /// A new connection for each request.
+    Fresh,
     Http2,
+}
+
+impl Version {
+    /// Two loads of one run, one a version, have numbers of their own.
+    fn first_flow(self) -> u32 {
+        match self {
+            Self::Http1 | Self::Fresh => 0,
+            Self::Http2 => 1000,
+        }
+    }
 }
 
 impl FromStr for Version {
@@ -39,8 +51,9 @@ impl FromStr for Version {
     fn from_str(text: &str) -> anyhow::Result<Self> {
         match text {
             "h1" => Ok(Self::Http1),
+            "h1-fresh" => Ok(Self::Fresh),
             "h2" => Ok(Self::Http2),
-            other => bail!("{other}: neither h1 nor h2"),
+            other => bail!("{other}: none of h1, h1-fresh and h2"),
         }
     }
 }
@@ -58,9 +71,11 @@ pub(crate) async fn run(
         .map(|flow| {
             let client = match version {
                 Version::Http1 => Client::Http1(None),
+                Version::Fresh => Client::Fresh,
                 Version::Http2 => Client::Http2(Arc::clone(&shared)),
             };
             let every = Duration::from_secs_f64(f64::from(flows) / per_second);
+            let flow = version.first_flow() + flow;
             tokio::spawn(Arc::clone(&load).flow(flow, every, client, stop.clone()))
         })
         .collect();
@@ -155,6 +170,7 @@ type Http2 = h2::client::SendRequest<Bytes>;
 
 enum Client {
     Http1(Option<Http1>),
+    Fresh,
     Http2(Arc<Mutex<Option<Http2>>>),
 }
 
@@ -172,6 +188,7 @@ impl Client {
                 }
                 sent
             }
+            Self::Fresh => send_http1(&mut None, address, request).await,
             Self::Http2(shared) => send_http2(shared, address, request).await,
         }
     }
@@ -180,6 +197,7 @@ impl Client {
     async fn forget(&mut self) {
         match self {
             Self::Http1(kept) => *kept = None,
+            Self::Fresh => {}
             Self::Http2(shared) => *shared.lock().await = None,
         }
     }

@@ -4,7 +4,7 @@
 //! ```text
 //! ledger serve FOLDER ADDRESS INSTANCE [DELAY_MS]                HTTP/1.1 and HTTP/2 by prior knowledge; says where it
 //!                                                                listens, runs until its stdin ends or it is killed
-//! ledger load FOLDER ADDRESS SEED FLOWS PER_SECOND h1|h2 [NAME:VALUE]
+//! ledger load FOLDER ADDRESS SEED FLOWS PER_SECOND h1|h1-fresh|h2 [NAME:VALUE]
 //!                                                                requests until stdin ends; those that the plan calls
 //!                                                                mine carry the header
 //! ```
@@ -54,7 +54,7 @@ async fn main() -> anyhow::Result<()> {
                     seed: seed.parse()?,
                 },
                 address: address.parse()?,
-                header: header.map(|(name, value)| (name.to_owned(), value.to_owned())),
+                header: header.map(|(name, value)| (name.to_owned(), value.trim().to_owned())),
             };
             let stop = tokio_util::sync::CancellationToken::new();
             let stopper = stop.clone();

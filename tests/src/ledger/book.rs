@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::join::{Expectation, Report, join};
-use super::record::read_all;
+use super::record::{Event, Record, now, read_all};
 use crate::cluster::{Cluster, lock_file, scripts};
 use crate::laptop::{Laptop, binary};
 use crate::process::tool;
@@ -96,8 +96,8 @@ impl Book {
         Serving { process, port }
     }
 
-    /// Requests from the node to `address`, over HTTP/1.1 or, with `http2`, as streams of one connection. Those that the
-    /// plan calls mine carry `header`, as `name:value`.
+    /// Requests from the node to `address`: `h1` on a kept connection for each flow, `h1-fresh` on one for each request,
+    /// `h2` as streams of one connection. Those that the plan calls mine carry `header`, as `name:value`.
     #[track_caller]
     pub fn load(
         &self,
@@ -105,7 +105,7 @@ impl Book {
         address: &str,
         flows: u32,
         per_second: u32,
-        http2: bool,
+        version: &str,
         header: Option<&str>,
     ) -> Load {
         let (seed, flows, per_second) = (
@@ -113,7 +113,6 @@ impl Book {
             flows.to_string(),
             per_second.to_string(),
         );
-        let version = if http2 { "h2" } else { "h1" };
         let program = binary("ledger");
         let mut arguments = vec![
             &program,
@@ -133,6 +132,25 @@ impl Book {
             .expect("it starts");
         let stdin = process.stdin.take();
         Load { process, stdin }
+    }
+
+    /// Waits until `count` more requests were sent.
+    #[track_caller]
+    pub fn see_sent(&self, count: usize) {
+        let from = now();
+        crate::eventually("requests are sent", Duration::from_secs(60), || {
+            let records = read_all(self.folder.path()).expect("the ledgers are whole");
+            let sent =
+                |record: &&Record| record.at >= from && matches!(record.event, Event::Sent { .. });
+            (records.iter().filter(sent).count() >= count).then_some(())
+        });
+    }
+
+    /// How many requests `instance` had so far.
+    pub fn received_by(&self, instance: &str) -> usize {
+        let records = read_all(self.folder.path()).expect("the ledgers are whole");
+        let by = |record: &&Record| matches!(&record.event, Event::Received { instance: by, .. } if by == instance);
+        records.iter().filter(by).count()
     }
 
     /// What became of every request so far.

@@ -16,4 +16,4 @@ mod record;
 pub use book::{Book, Load, Serving};
 pub use join::{Class, Expectation, Finding, Report, join};
 pub use plan::{Exchange, Id, Label, Plan, REQUEST_HEADER};
-pub use record::{Event, INSTANCE_HEADER, Ledger, Record, read_all};
+pub use record::{Event, INSTANCE_HEADER, Ledger, Record, now, read_all};

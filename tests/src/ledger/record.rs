@@ -62,12 +62,20 @@ pub enum Event {
 impl Record {
     /// Happening now.
     pub fn now(id: Id, event: Event) -> Self {
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let at = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
-        Self { id, at, event }
+        Self {
+            id,
+            at: now(),
+            event,
+        }
     }
+}
+
+/// Milliseconds since 1970, as records have them.
+pub fn now() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The ledger of one process: a file of its own in the run's folder, which it only appends to.
