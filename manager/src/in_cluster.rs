@@ -127,7 +127,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         domain: conf.cluster_domain().unwrap_or("cluster.local").to_owned(),
         replica: options.pod.as_str().into(),
     });
-    let workstations = Arc::new(Workstations::default());
+    let workstations = Arc::new(Workstations::new(Arc::clone(&metrics)));
     match options.agent_image {
         Some(image) => {
             let setting = intercepts::Setting {
@@ -135,6 +135,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
                 town: Arc::clone(&town),
                 sessions: Arc::clone(&sessions),
                 workstations: Arc::clone(&workstations),
+                metrics: Arc::clone(&metrics),
                 image,
                 identity: identity.clone(),
                 namespace: options.namespace.as_str().into(),

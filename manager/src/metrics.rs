@@ -16,6 +16,10 @@ pub struct Metrics {
     dials_ok: AtomicU64,
     dials_failed: [AtomicU64; KINDS.len()],
     dns_queries: AtomicU64,
+    intercepts: AtomicU64,
+    agents: AtomicU64,
+    inbound_taken: AtomicU64,
+    inbound_refused: AtomicU64,
 }
 
 const KINDS: [DialErrorKind; 5] = [
@@ -52,6 +56,20 @@ impl Metrics {
         self.dns_queries.fetch_add(1, Relaxed);
     }
 
+    /// Intercepts that this replica serves, and agents that it is told to be connected to.
+    pub fn intercepting(&self, intercepts: usize, agents: usize) {
+        self.intercepts.store(intercepts as u64, Relaxed);
+        self.agents.store(agents as u64, Relaxed);
+    }
+
+    /// An agent offered a flow: whether its workstation took it.
+    pub fn inbound(&self, taken: bool) {
+        match taken {
+            true => self.inbound_taken.fetch_add(1, Relaxed),
+            false => self.inbound_refused.fetch_add(1, Relaxed),
+        };
+    }
+
     /// Prometheus text format 0.0.4.
     pub fn render(&self) -> String {
         let mut out = String::with_capacity(1024);
@@ -85,6 +103,16 @@ impl Metrics {
             "",
             &self.dns_queries,
         );
+        line("tp_manager_intercepts", "gauge", "", &self.intercepts);
+        line("tp_manager_agents", "gauge", "", &self.agents);
+        let inbound = "tp_manager_inbound_flows_total";
+        line(
+            inbound,
+            "counter",
+            "{outcome=\"taken\"}",
+            &self.inbound_taken,
+        );
+        line(inbound, "", "{outcome=\"refused\"}", &self.inbound_refused);
         line(
             "tp_manager_dials_total",
             "counter",
@@ -118,6 +146,8 @@ mod tests {
         metrics.dialed(None);
         metrics.dialed(Some(DialErrorKind::Refused));
         metrics.dialed(Some(DialErrorKind::Refused));
+        metrics.intercepting(2, 3);
+        metrics.inbound(true);
 
         assert!(metrics.render().contains("tp_manager_connections_open 1\n"));
         drop(guard);
@@ -133,5 +163,10 @@ mod tests {
             "{text}"
         );
         assert_eq!(text.matches("# TYPE tp_manager_dials_total").count(), 1);
+        assert!(text.contains("tp_manager_agents 3\n"), "{text}");
+        assert!(
+            text.contains("tp_manager_inbound_flows_total{outcome=\"taken\"} 1\n"),
+            "{text}"
+        );
     }
 }

@@ -87,6 +87,7 @@ pub(super) fn hold(
     let problem = wrong(known, session, others);
     let held = Held {
         id: metadata.uid.clone()?,
+        user: spec.user.clone(),
         created: created(intercept),
         workload: spec.workload.clone(),
         port: spec.port,

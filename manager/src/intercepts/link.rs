@@ -378,3 +378,6 @@ async fn carry(mut incoming: Incoming, workstations: Arc<Workstations>) {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

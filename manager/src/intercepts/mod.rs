@@ -45,6 +45,7 @@ use self::seen::Seen;
 use self::workstations::SessionUid;
 use crate::cluster::in_short;
 use crate::dial::rights::Right;
+use crate::metrics::Metrics;
 use crate::reach::Town;
 use crate::sessions::{ObjectName, SessionTable};
 
@@ -58,6 +59,8 @@ pub struct Setting {
     pub sessions: Arc<SessionTable>,
     /// Where flows go.
     pub workstations: Arc<Workstations>,
+    /// Where to count.
+    pub metrics: Arc<Metrics>,
     /// Image of the agents.
     pub image: String,
     /// The manager's key.
@@ -80,6 +83,8 @@ pub async fn control(setting: Setting) -> Infallible {
     let turns = async {
         loop {
             let pause = tokio::time::sleep(controller.turn());
+            // A busy namespace changes many times a second; one look serves all of them.
+            tokio::time::sleep(SETTLE).await;
             tokio::select! {
                 // None of the senders goes before this.
                 _ = changed.changed() => {}
@@ -108,6 +113,9 @@ const STEADY: Duration = Duration::from_secs(1);
 /// and this often while there is no intercept.
 const IDLE: Duration = Duration::from_secs(30);
 
+/// Between two looks.
+const SETTLE: Duration = Duration::from_millis(5);
+
 /// How long a namespace is watched on after its last intercept: the next one finds everything known.
 const LINGER: Duration = Duration::from_secs(120);
 
@@ -128,6 +136,7 @@ struct Controller {
     town: Arc<Town>,
     sessions: Arc<SessionTable>,
     workstations: Arc<Workstations>,
+    metrics: Arc<Metrics>,
     blueprint: Arc<Blueprint>,
     namespace: Arc<str>,
     changed: watch::Sender<()>,
@@ -144,6 +153,8 @@ struct Controller {
     written: BTreeMap<ObjectName, InterceptStatus>,
     writing: BTreeSet<ObjectName>,
     orphans: BTreeMap<ObjectName, Instant>,
+    /// What the log knows of.
+    told: BTreeMap<String, String>,
     work: JoinSet<Done>,
 }
 
@@ -171,6 +182,7 @@ impl Controller {
             town: setting.town,
             sessions: setting.sessions,
             workstations: setting.workstations,
+            metrics: setting.metrics,
             blueprint: Arc::new(Blueprint::new(setting.image, setting.identity)),
             namespace: setting.namespace,
             seen: Arc::new(Seen::new(changed.clone())),
@@ -186,6 +198,7 @@ impl Controller {
             written: BTreeMap::new(),
             writing: BTreeSet::new(),
             orphans: BTreeMap::new(),
+            told: BTreeMap::new(),
             work: JoinSet::new(),
         }
     }
@@ -197,6 +210,8 @@ impl Controller {
         self.watch_namespaces(&held);
         let plan = self.plan(&held);
         self.link(&plan);
+        self.metrics.intercepting(held.len(), self.links.len());
+        self.tell_changes(&held);
         for attach in &plan.attach {
             self.attach(attach);
         }
@@ -239,6 +254,34 @@ impl Controller {
             }
         }
         (held, owners)
+    }
+
+    /// Who diverts what, from when to when, for whoever reads the log later.
+    fn tell_changes(&mut self, held: &[Held]) {
+        let serving: BTreeMap<_, _> = held
+            .iter()
+            .filter(|held| held.problem.is_none())
+            .map(|held| {
+                let (namespace, object) = &held.name;
+                let what = format!("{} port {}", held.workload, held.port);
+                let text = format!("{what} in {namespace} for {} ({object})", held.user);
+                (held.id.clone(), text)
+            })
+            .collect();
+        for (_, what) in serving
+            .iter()
+            .filter(|(id, _)| !self.told.contains_key(*id))
+        {
+            tracing::info!(what, "intercept begins");
+        }
+        for (_, what) in self
+            .told
+            .iter()
+            .filter(|(id, _)| !serving.contains_key(*id))
+        {
+            tracing::info!(what, "intercept ends");
+        }
+        self.told = serving;
     }
 
     fn session_of(&self, intercept: &Intercept) -> Option<SessionView> {

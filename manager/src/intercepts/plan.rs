@@ -30,6 +30,8 @@ pub(super) struct Held {
     pub(super) name: ObjectName,
     /// Uid of the object, by which agent and workstation know it.
     pub(super) id: String,
+    /// Whose it is.
+    pub(super) user: String,
     /// Milliseconds since 1970 of its creation.
     pub(super) created: i64,
     /// What is intercepted.

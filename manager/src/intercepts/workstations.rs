@@ -13,6 +13,8 @@ use tokio::time::Instant;
 use tp_manager_api::route_table::LEASE;
 use tp_tunnel::{Attention, Flow, NotOpened, Workstation};
 
+use crate::metrics::Metrics;
+
 /// Uid of a Session.
 pub(super) type SessionUid = Arc<str>;
 
@@ -20,6 +22,7 @@ pub(super) type SessionUid = Arc<str>;
 pub struct Workstations {
     inner: Mutex<Inner>,
     changed: watch::Sender<()>,
+    metrics: Arc<Metrics>,
 }
 
 #[derive(Default)]
@@ -89,16 +92,16 @@ impl Seat {
     }
 }
 
-impl Default for Workstations {
-    fn default() -> Self {
+impl Workstations {
+    /// Nobody yet. `metrics` is where flows are counted.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
         Self {
             inner: Mutex::default(),
             changed: watch::channel(()).0,
+            metrics,
         }
     }
-}
 
-impl Workstations {
     /// A workstation has connected by this session.
     fn enter(self: &Arc<Self>, session: &SessionUid, workstation: Workstation) -> Presence {
         let session = Arc::clone(session);
@@ -155,6 +158,16 @@ impl Workstations {
     /// # Errors
     /// It was not taken; nothing of the flow was sent.
     pub(super) async fn open(
+        &self,
+        intercept: &str,
+        peer: SocketAddr,
+    ) -> Result<(Flow, Attention), NotOpened> {
+        let opened = self.open_newest(intercept, peer).await;
+        self.metrics.inbound(opened.is_ok());
+        opened
+    }
+
+    async fn open_newest(
         &self,
         intercept: &str,
         peer: SocketAddr,
@@ -229,3 +242,6 @@ impl Drop for Presence {
         self.workstations.leave(&self.session, self.id);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,6 +23,7 @@ fn held() -> Held {
     Held {
         name: ("shop".into(), "web-1".into()),
         id: "id-1".into(),
+        user: "ada".into(),
         created: 7,
         workload: Workload {
             kind: WorkloadKind::Deployment,

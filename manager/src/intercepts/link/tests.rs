@@ -1,0 +1,159 @@
+use futures::future::BoxFuture;
+use http::Request;
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::sync::mpsc;
+use tp_manager_api::route_table::{PortRoutes, Route};
+use tp_tunnel::carrier::tls::accept_tls;
+use tp_tunnel::{DialError, Dialed, Service, Target};
+
+use super::*;
+
+/// An agent that only hears what it is told.
+struct Hearing(mpsc::UnboundedSender<(Method, RouteTable)>);
+
+impl Service for Hearing {
+    fn dial(&self, _: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
+        unreachable!("nothing is dialled")
+    }
+
+    fn associate(&self, _: Target) -> BoxFuture<'_, Result<Dialed<UdpSocket>, DialError>> {
+        unreachable!("nothing is dialled")
+    }
+
+    fn resolve(&self, _: Bytes) -> BoxFuture<'_, Bytes> {
+        unreachable!("nothing is resolved")
+    }
+
+    fn control(&self, request: Request<Bytes>) -> BoxFuture<'_, Response<Bytes>> {
+        Box::pin(async move {
+            let mut answer = Response::new(Bytes::new());
+            if request.uri().path() == CONNECTIONS_PATH {
+                let counted = r#"{"ports":[{"port":80,"open":3,"idle":1}]}"#;
+                *answer.body_mut() = Bytes::from_static(counted.as_bytes());
+            } else {
+                let table = serde_json::from_slice(request.body()).unwrap();
+                self.0.send((request.method().clone(), table)).unwrap();
+                *answer.status_mut() = StatusCode::NO_CONTENT;
+            }
+            answer
+        })
+    }
+}
+
+/// Listens as an agent with this key does, for ever.
+async fn agent(identity: Identity) -> (SocketAddr, mpsc::UnboundedReceiver<(Method, RouteTable)>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (heard_tx, heard_rx) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let (identity, heard_tx) = (identity.clone(), heard_tx.clone());
+            tokio::spawn(async move {
+                if let Ok((stream, _)) = accept_tls(tcp, &identity).await {
+                    let never = std::future::pending();
+                    let _ = tp_tunnel::serve(stream, Arc::new(Hearing(heard_tx)), never).await;
+                }
+            });
+        }
+    });
+    (address, heard_rx)
+}
+
+fn orders(ids: &[&str]) -> Orders {
+    let route = |id: &&str| Route {
+        id: (*id).to_owned(),
+        created: 1,
+        matchers: Default::default(),
+        strict: false,
+    };
+    let port = PortRoutes {
+        listen: 80,
+        app: 80,
+        intercepts: ids.iter().map(route).collect(),
+    };
+    Orders {
+        table: RouteTable { ports: vec![port] },
+        close_idle: false,
+    }
+}
+
+fn start(address: SocketAddr, key: KeyHash, orders: Orders) -> (Link, watch::Receiver<()>) {
+    let changed = watch::channel(()).0;
+    let news = changed.subscribe();
+    let (link, ends) = Link::new("tp-agent-1".into(), orders, changed);
+    let agent = Agent {
+        address,
+        key,
+        identity: Identity::generate(),
+    };
+    let workstations = Arc::new(Workstations::new(Arc::default()));
+    tokio::spawn(serve(agent, ends, workstations));
+    (link, news)
+}
+
+fn ids(table: &RouteTable) -> Vec<&str> {
+    let routes = table.ports.iter().flat_map(|port| &port.intercepts);
+    routes.map(|route| route.id.as_str()).collect()
+}
+
+#[tokio::test]
+async fn routes_are_pushed_when_they_change_and_withdrawn_at_the_end() {
+    let identity = Identity::generate();
+    let (address, mut heard) = agent(identity.clone()).await;
+    let (link, mut news) = start(address, identity.key_hash(), orders(&["a"]));
+
+    let (method, table) = heard.recv().await.unwrap();
+    assert_eq!((method, ids(&table)), (Method::PUT, vec!["a"]));
+    let connected = |link: &Link| match link.state() {
+        LinkState::Connected {
+            routed,
+            open_before,
+        } => Some((routed.len(), open_before.get(&80).copied())),
+        LinkState::Dialing { .. } => None,
+    };
+    while connected(&link).is_none() {
+        news.changed().await.unwrap();
+    }
+    assert_eq!(connected(&link), Some((1, Some(3))));
+
+    link.set(orders(&["a", "b"]));
+    assert_eq!(ids(&heard.recv().await.unwrap().1), ["a", "b"]);
+    drop(link);
+    assert_eq!(heard.recv().await.unwrap().1, RouteTable::default());
+}
+
+#[tokio::test]
+async fn who_shows_another_key_is_told_nothing() {
+    let (address, mut heard) = agent(Identity::generate()).await;
+    let expected = Identity::generate().key_hash();
+
+    let (link, mut news) = start(address, expected, orders(&["a"]));
+
+    loop {
+        news.changed().await.unwrap();
+        if let LinkState::Dialing {
+            trouble: Some(Trouble::Other(why)),
+            ..
+        } = link.state()
+        {
+            assert!(why.contains("not the pinned"), "{why}");
+            break;
+        }
+    }
+    assert!(heard.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_port_where_nothing_listens_is_told_from_silence() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+
+    let (link, mut news) = start(address, Identity::generate().key_hash(), orders(&["a"]));
+
+    news.changed().await.unwrap();
+    let LinkState::Dialing { trouble, .. } = link.state() else {
+        panic!("connected to nobody");
+    };
+    assert_eq!(trouble, Some(Trouble::Refused));
+}
