@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tp_tests::manager::IMAGE;
 use tp_tests::process::tool;
-use tp_tests::{Cluster, Namespace, eventually};
+use tp_tests::{Cluster, Laptop, Namespace, eventually};
 
 use workstation::{ANSWER, Workstation, condition};
 
@@ -180,11 +180,19 @@ fn the_second_of_two_equal_intercepts_is_refused_and_finds_who_holds_it() {
         ".spec.user",
     );
     assert_eq!(intercept.object["spec"]["user"], holder);
-    let everything = workstation.intercept("Deployment", "web", 80, &json!([]));
+    // At the other replica, so that agents have routes from both.
+    let other = Workstation::connect_to(&cluster, &namespace.name, 1);
+    let everything = other.intercept("Deployment", "web", 80, &json!([]));
     everything.ready();
     // The older one still has its own; the newer one has the rest.
     for (_, address) in pods(&cluster, &namespace) {
+        let (own, rest) = (workstation.served(), other.served());
+        assert_eq!(get(&cluster, &address, MINE), ANSWER);
+        assert_eq!(workstation.served(), own + 1);
         assert_eq!(get(&cluster, &address, "x-tp-user: eve"), ANSWER);
+        // The kubelet's probes are among the rest.
+        assert!(other.served() > rest);
+        assert_eq!(workstation.served(), own + 1);
     }
     let late = json!([{ "header": { "name": "x-tp-user", "exact": "late" } }]);
     let late = workstation.intercept("Deployment", "web", 80, &late);
@@ -557,4 +565,32 @@ fn a_workstation_that_vanishes_leaves_its_requests_to_the_application() {
     intercept.becomes("said", |status| {
         condition(status)["reason"] == "NoWorkstation"
     });
+}
+
+#[test]
+fn uninstalling_everything_takes_the_routes_back_and_names_pods_that_keep_an_agent() {
+    let Some(cluster) = Cluster::exclusive_with_manager() else {
+        return;
+    };
+    let namespace = web(&cluster);
+    let workstation = Workstation::connect(&cluster, &namespace.name);
+    let intercept = workstation.intercept("Deployment", "web", 80, &matchers());
+    intercept.ready();
+    let pods = pods(&cluster, &namespace);
+    let admin = Laptop::admin(&cluster);
+    cluster.forget_manager();
+
+    let run = admin
+        .tp(&["uninstall", "--everything", "--output", "json"])
+        .ok();
+
+    let gone = run.json();
+    for (name, address) in &pods {
+        assert_eq!(get(&cluster, address, MINE).trim(), name);
+        let kept = json!(format!("{}/{name}", namespace.name));
+        let listed = gone["pods_with_agents"].as_array().expect("a list");
+        assert!(listed.contains(&kept), "{gone}");
+    }
+    let removed = gone["removed"].to_string();
+    assert!(removed.contains(&intercept.name), "{removed}");
 }

@@ -33,6 +33,11 @@ pub(crate) struct Workstation<'a> {
 impl<'a> Workstation<'a> {
     /// Connects to the first ready replica.
     pub(crate) fn connect(cluster: &'a Cluster, namespace: &str) -> Self {
+        Self::connect_to(cluster, namespace, 0)
+    }
+
+    /// Connects to one of the ready replicas.
+    pub(crate) fn connect_to(cluster: &'a Cluster, namespace: &str, replica: usize) -> Self {
         let identity = Identity::generate();
         let who = cluster.kubectl(&["auth", "whoami", "-o", "json"]);
         let who: Value = serde_json::from_str(&who).expect("kubectl writes JSON");
@@ -50,12 +55,9 @@ impl<'a> Workstation<'a> {
             })
             .to_string(),
         );
-        let pod = cluster
-            .manager_pods()
-            .first()
-            .expect("a replica is ready")
-            .clone();
-        let (forward, port) = port_forward(cluster, &pod);
+        let pods = cluster.manager_pods();
+        let pod = pods.get(replica).expect("so many replicas are ready");
+        let (forward, port) = port_forward(cluster, pod);
         let locator = cluster.value("tp-system", "configmap/tp-manager", ".data.manager\\.json");
         let locator: Value = serde_json::from_str(&locator).expect("the manager writes JSON");
         let key = locator["keyHash"].as_str().and_then(|key| key.parse().ok());
