@@ -1,6 +1,7 @@
 //! Intercepts on the real cluster: agents get into every pod, requests go where they belong, and what stands in the way is
 //! named.
 
+#[expect(dead_code, reason = "each test of intercepts needs a part of it")]
 mod workstation;
 
 use std::process::Command;

@@ -195,6 +195,12 @@ impl Intercept<'_> {
         serde_json::from_str(&text).unwrap_or_default()
     }
 
+    /// Gives it a name of one's own choice.
+    pub(crate) fn rename(&mut self, name: &str) {
+        self.name = name.to_owned();
+        self.object["metadata"]["name"] = json!(name);
+    }
+
     /// Takes it away.
     pub(crate) fn delete(&self) {
         self.cluster.kubectl(&[
