@@ -8,10 +8,10 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tp_manager_api::intercept::{Intercept, Reason};
 
-use super::plan::Held;
 use super::problem::Problem;
 use super::seen::Known;
 use super::workstations::{Here, SessionUid};
+use super::world::Held;
 use crate::sessions::ObjectName;
 
 /// A Session as it matters here.

@@ -21,8 +21,9 @@ use tp_tunnel::carrier::ReadAhead;
 use tp_tunnel::carrier::tls::connect_tls;
 use tp_tunnel::{Identity, Incoming, KeyHash, OpenError, Settings, Tunnel, join};
 
-use super::plan::{LinkState, Orders, Trouble};
+use super::plan::Orders;
 use super::workstations::Workstations;
+use super::world::{LinkState, Trouble};
 use crate::listen::chain;
 
 /// An agent and how to know it.

@@ -14,8 +14,8 @@ use tokio::sync::watch;
 use tp_manager_api::matcher::MatcherError;
 use tp_manager_api::{Intercept, Matchers};
 
-use super::plan::Scene;
 use super::pod::PodFacts;
+use super::world::Scene;
 use crate::cluster::{Change, follow, object_name};
 use crate::sessions::ObjectName;
 

@@ -2,8 +2,19 @@ use std::cell::Cell;
 
 use serde_json::{Value, json};
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tp_manager_api::Matchers;
+use tp_manager_api::intercept::{AttachMode, Reason, Workload, WorkloadKind};
+
+use super::super::pod::PodFacts;
 use super::super::pod::tests::{pod, with_agents};
+use super::super::world::{LinkView, NotLetIn, Scene};
 use super::*;
+use crate::inventory::Node;
 
 /// A world that is built up step by step; asking it makes the plan.
 struct Case {

@@ -1,0 +1,171 @@
+//! What one pod needs next, and what keeps agents out of it.
+//!
+//! Pure: the pod's facts, what was refused before, and the node that it is on.
+
+use std::time::Duration;
+
+use tp_manager_api::intercept::{AttachMode, Reason};
+
+use super::container::container_name;
+use super::pod::{AgentFacts, AgentState, PodFacts, number};
+use super::problem::Problem;
+use super::world::{Held, World};
+
+/// What a pod needs next.
+#[derive(Clone, Debug)]
+pub(super) enum Step {
+    /// An agent, in a container of this name.
+    Attach(String),
+    /// A connection to the agent in this container.
+    Link(String),
+    /// Somebody has to do something first.
+    Nothing(Problem),
+}
+
+/// What keeps agents out of a pod, whatever was tried.
+pub(super) fn pod_problem(world: &World<'_>, held: &Held, pod: &PodFacts) -> Option<Problem> {
+    let (namespace, name) = (&held.name.0, &pod.name);
+    let node = pod.node.as_deref().and_then(|node| (world.node)(node));
+    let windows = pod.windows || node.is_some_and(|node| node.system.as_deref() == Some("windows"));
+    let never = |reason, what: String| {
+        let cure = "intercept another workload; nothing can be attached to this one";
+        Some(Problem::lasting(reason, what, cure))
+    };
+    if held.attach == AttachMode::Sidecar {
+        return Some(Problem::lasting(
+            Reason::Sidecar,
+            "attaching as a sidecar is not there yet",
+            "leave `--attach` away, or give `--attach ephemeral`",
+        ));
+    }
+    if **namespace == *"kube-system" || **namespace == *world.own_namespace {
+        let what = format!("nothing is attached to pods of namespace {namespace}");
+        return never(Reason::Namespace, what);
+    }
+    if pod.is_static {
+        return never(Reason::StaticPod, format!("pod {name} is its node's own"));
+    }
+    if pod.host_network {
+        let what = format!("pod {name} uses its node's network (hostNetwork)");
+        return never(Reason::HostNetwork, what);
+    }
+    if pod.host_processes {
+        let what = format!("pod {name} shares its node's processes or IPC (hostPID, hostIPC)");
+        return never(Reason::HostNetwork, what);
+    }
+    if windows {
+        return never(
+            Reason::OperatingSystem,
+            format!("pod {name} runs on Windows"),
+        );
+    }
+    let mesh = pod.mesh?;
+    Some(Problem::lasting(
+        Reason::Mesh,
+        format!("pod {name} has the proxy of {mesh}, which takes its connections first"),
+        "service meshes are not supported yet; intercept a workload outside of the mesh",
+    ))
+}
+
+/// An agent that ended sooner has failed.
+const STAYED_UP: Duration = Duration::from_secs(10);
+
+/// Agents that fail one after another before no other is added: entries in a pod stay for its life.
+const FAILURES_MAX: usize = 3;
+
+/// Agents that a pod may have had in all, whatever became of them.
+const AGENTS_MAX: usize = 20;
+
+/// The next step of a pod that nothing else keeps agents out of.
+pub(super) fn next_step(world: &World<'_>, pod: &PodFacts) -> Step {
+    let last = pod.agent().map_or(0, |agent| number(&agent.container));
+    let attach = || {
+        let refused = world.not_let_in.get(&pod.uid);
+        match refused.filter(|refused| world.now < refused.again) {
+            Some(refused) => Step::Nothing(refused.problem.clone()),
+            None => Step::Attach(container_name(last + 1)),
+        }
+    };
+    let Some(agent) = pod.agent() else {
+        return attach();
+    };
+    match &agent.state {
+        AgentState::Ended { message, .. } if message.contains("exec format error") => {
+            Step::Nothing(architecture(world, pod))
+        }
+        AgentState::Ended { message, .. }
+            if failures(pod) >= FAILURES_MAX || pod.agents.len() >= AGENTS_MAX =>
+        {
+            Step::Nothing(fails(pod, agent, message))
+        }
+        AgentState::Ended { .. } => attach(),
+        AgentState::Waiting { message, .. } if message.contains("no match for platform") => {
+            Step::Nothing(architecture(world, pod))
+        }
+        AgentState::Waiting { reason, message } if is_pull_failure(reason) => {
+            Step::Nothing(Problem::lasting(
+                Reason::ImagePull,
+                format!(
+                    "the node of pod {} cannot get the agent's image: {reason}: {message}",
+                    pod.name
+                ),
+                "make the image that `tp install --image` names available to that node, and to the pull secrets of the pod",
+            ))
+        }
+        AgentState::Waiting { reason, message } if is_start_failure(reason) => {
+            Step::Nothing(fails(pod, agent, &format!("{reason}: {message}")))
+        }
+        AgentState::New | AgentState::Waiting { .. } | AgentState::Running => {
+            Step::Link(agent.container.clone())
+        }
+    }
+}
+
+fn failures(pod: &PodFacts) -> usize {
+    let failed = |agent: &&AgentFacts| matches!(agent.state, AgentState::Ended { lived, .. } if lived < STAYED_UP);
+    pod.agents.iter().rev().take_while(failed).count()
+}
+
+fn is_pull_failure(reason: &str) -> bool {
+    let known = [
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "ErrImageNeverPull",
+    ];
+    known.contains(&reason)
+}
+
+fn is_start_failure(reason: &str) -> bool {
+    let known = [
+        "CreateContainerConfigError",
+        "CreateContainerError",
+        "RunContainerError",
+    ];
+    known.contains(&reason)
+}
+
+/// An agent that is of no use.
+pub(super) fn fails(pod: &PodFacts, agent: &AgentFacts, why: &str) -> Problem {
+    Problem::lasting(
+        Reason::AgentFails,
+        format!("the agent in pod {} does not stay up: {why}", pod.name),
+        format!(
+            "`kubectl logs {} -c {}` shows more; a new pod gets a new agent",
+            pod.name, agent.container
+        ),
+    )
+}
+
+fn architecture(world: &World<'_>, pod: &PodFacts) -> Problem {
+    let node = pod.node.as_deref().unwrap_or("its node");
+    let found = (world.node)(node).and_then(|node| node.architecture);
+    Problem::lasting(
+        Reason::Architecture,
+        format!(
+            "the agent's image has nothing for node {node}, which is {}",
+            found.as_deref().unwrap_or("of another architecture")
+        ),
+        "install an image that has that architecture: `tp upgrade --image`",
+    )
+}
