@@ -13,17 +13,18 @@ use std::time::{Duration, Instant};
 
 use common::{Client, SEED, ada, server, workstation};
 use http::{Method, StatusCode};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tp_tunnel::carrier::tls::connect_tls;
 use tp_tunnel::{Identity, Tunnel};
 
 const APP: &str = "
-import http.server
+import http.server, socket
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     def do_GET(self):
-        body = f'app for {self.headers.get(\"x-forwarded-for\")} from {self.client_address[0]}'.encode()
+        body = f'app for {self.headers.get(\"x-forwarded-for\")} from {self.client_address[0].removeprefix(\"::ffff:\")}'.encode()
         self.send_response(200)
         self.send_header('content-length', str(len(body)))
         self.end_headers()
@@ -31,8 +32,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
     request_queue_size = 128
-Server(('10.77.0.2', 8080), Handler).serve_forever()
+Server(('::', 8080), Handler).serve_forever()
 ";
 
 /// Two namespaces with a wire between them, and what runs in the pod's. Dropping it leaves nothing behind.
@@ -64,6 +66,8 @@ impl Pod {
             format!("-n {pod} link add eth0 type veth peer name eth0 netns {client}"),
             format!("-n {pod} address add 10.77.0.2/24 dev eth0"),
             format!("-n {client} address add 10.77.0.1/24 dev eth0"),
+            format!("-n {pod} address add fd77::2/64 dev eth0 nodad"),
+            format!("-n {client} address add fd77::1/64 dev eth0 nodad"),
             format!("-n {pod} link set eth0 up"),
             format!("-n {client} link set eth0 up"),
             format!("-n {pod} link set lo up"),
@@ -138,10 +142,15 @@ impl Drop for Pod {
 }
 
 const WEB: &str = "10.77.0.2:8080";
+const WEB_V6: &str = "[fd77::2]:8080";
 
 /// The body of one answer on a new connection, unless that fails.
 async fn get(fields: &str) -> std::io::Result<String> {
-    let address: SocketAddr = WEB.parse().unwrap();
+    get_at(WEB, fields).await
+}
+
+async fn get_at(address: &str, fields: &str) -> std::io::Result<String> {
+    let address: SocketAddr = address.parse().unwrap();
     let tcp = TcpStream::connect(address).await?;
     let mut client = Client::over(tcp);
     client
@@ -206,9 +215,9 @@ fn worker_of(parent: u32) -> Option<u32> {
     children.split_whitespace().next()?.parse().ok()
 }
 
-fn kill(process: u32) {
-    let process = rustix::process::Pid::from_raw(process.try_into().unwrap()).unwrap();
-    rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+fn signal(process: u32, signal: Signal) {
+    let process = Pid::from_raw(process.try_into().unwrap()).unwrap();
+    kill_process(process, signal).unwrap();
 }
 
 const ADA: &str = common::ADA;
@@ -305,6 +314,11 @@ async fn redirected(pod: &mut Pod) {
     // From the moment the push is answered.
     assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
     assert_eq!(get("").await.unwrap(), ROUTED);
+    assert_eq!(get_at(WEB_V6, ADA).await.unwrap(), "local GET / 0");
+    assert_eq!(
+        get_at(WEB_V6, "").await.unwrap(),
+        "app for fd77::1 from fd77::2"
+    );
     assert!(
         pod.rules()
             .contains("tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :15006"),
@@ -338,7 +352,7 @@ async fn redirected(pod: &mut Pod) {
     }
 
     // The worker alone: the parent removes the ports at once and starts another.
-    kill(worker);
+    signal(worker, Signal::KILL);
     let gap = until("the application answers", 3 * second, async || {
         get("").await.is_ok_and(|body| body == DIRECT)
     })
@@ -352,12 +366,31 @@ async fn redirected(pod: &mut Pod) {
     let tunnel = manage(&manager, local.address).await;
     assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
 
+    // A worker that hangs is ended by a process of its own user, and its ports go with it.
+    let worker = worker_of(agent).unwrap();
+    signal(worker, Signal::STOP);
+    let gap = until("the application answers", 3 * second, async || {
+        tokio::time::timeout(second, get(""))
+            .await
+            .is_ok_and(|answer| answer.is_ok_and(|body| body == DIRECT))
+    })
+    .await;
+    eprintln!("worker stopped: {gap:?} until the application answered");
+    until("there is a new worker", 5 * second, async || {
+        worker_of(agent).is_some_and(|new| new != worker)
+    })
+    .await;
+    drop(tunnel);
+    let tunnel = manage(&manager, local.address).await;
+    assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
+
     // Every process: the kernel forgets the ports by itself.
     let worker = worker_of(agent).unwrap();
-    kill(agent);
-    let _ = rustix::process::kill_process(
-        rustix::process::Pid::from_raw(worker.try_into().unwrap()).unwrap(),
-        rustix::process::Signal::KILL,
+    signal(agent, Signal::KILL);
+    // The worker follows its parent by itself, perhaps before this.
+    let _ = kill_process(
+        Pid::from_raw(worker.try_into().unwrap()).unwrap(),
+        Signal::KILL,
     );
     let gap = until(
         "the application answers",
@@ -373,8 +406,7 @@ async fn redirected(pod: &mut Pod) {
     let agent = pod.start_agent(&manager);
     let _tunnel = manage(&manager, local.address).await;
     assert_eq!(get(ADA).await.unwrap(), "local GET / 0");
-    let process = rustix::process::Pid::from_raw(agent.try_into().unwrap()).unwrap();
-    rustix::process::kill_process(process, rustix::process::Signal::TERM).unwrap();
+    signal(agent, Signal::TERM);
     until("the application answers", 3 * second, async || {
         get("").await.is_ok_and(|body| body == DIRECT)
     })
