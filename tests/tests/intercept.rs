@@ -290,7 +290,24 @@ fn a_command_gets_the_environment_and_ends_the_intercept_with_its_exit_code() {
         laptop.run("stat", &["-c", "%a", "web.env"]).ok().out(),
         "600\n"
     );
+    let script = r#"printf '%s|%s|' "$GREETING" "$TP_CONTAINER"; curl -s http://web/"#;
+    let whole = ["run", "--workload", "web", "--", "sh", "-c", script];
+    assert_eq!(
+        laptop.tp(&whole).ok().out(),
+        "it's $5 \"a\" day|httpd|app\n"
+    );
     assert_eq!(intercepts(&namespace, &cluster), "");
+    let nested = [
+        "--",
+        &tp_tests::laptop::binary("tp"),
+        "run",
+        "--",
+        "curl",
+        "-s",
+        "http://web/",
+    ];
+    let nested = laptop.tp(&[&intercept[..], &nested].concat()).ok();
+    assert_eq!(nested.out(), "app\n", "{}", nested.report());
     let missing = laptop
         .tp(&[&intercept[..], &["--", "./missing"]].concat())
         .exits(127);

@@ -208,7 +208,10 @@ impl Args {
             return Err(Failure::new(what).because(obstacle));
         }
         let ports = self.ports(&found, &services)?;
-        let container = self.container(&found, &ports)?;
+        let of_port = ports
+            .iter()
+            .find_map(|(_, target)| target.container.as_deref());
+        let container = found.container(self.container.as_deref(), of_port)?;
         let mut warnings = chosen.warnings;
         let variables = self
             .variables(&cluster, &namespace, &found, &container, &mut warnings)
@@ -269,32 +272,6 @@ impl Args {
             ports.push((local(flag.local), target));
         }
         Ok(ports)
-    }
-
-    /// The one that was named, that has the port, or the first.
-    fn container(
-        &self,
-        found: &Found,
-        ports: &[(LocalAddress, Target)],
-    ) -> Result<String, Failure> {
-        let names: Vec<&str> = found
-            .spec
-            .containers
-            .iter()
-            .map(|c| c.name.as_str())
-            .collect();
-        let of_port = ports
-            .iter()
-            .find_map(|(_, target)| target.container.clone());
-        match &self.container {
-            Some(given) if !names.contains(&given.as_str()) => Err(Failure::new(format!(
-                "{} has no container {given}",
-                found.workload
-            ))
-            .because(format!("it has {}", names.join(", ")))),
-            Some(given) => Ok(given.clone()),
-            None => Ok(of_port.unwrap_or_else(|| (*names.first().unwrap_or(&"")).to_owned())),
-        }
     }
 
     /// What cannot be had is an error where a file was asked for, and a warning where only a command is to be run.

@@ -10,9 +10,11 @@ use rustix::process::Rlimit;
 use super::child::{self, Signals};
 use super::connect::{before_command, connection_name, rule, up_with};
 use super::manager_args::ManagerArgs;
+use super::place::Place;
 use crate::daemon::folder;
 use crate::daemon::parameters::{Listen, Parameters};
 use crate::daemon::peers::{self, Peer};
+use crate::intercept::env::{self, Variables};
 use crate::kubeconfig::Selectors;
 use crate::report::{self, Failure, OrFail, Output};
 use crate::run::device::Kind;
@@ -36,6 +38,7 @@ Examples:
   tp run -- ./my-service                    as if it ran in the connection's namespace
   tp run -n shop -- psql -h db orders       short names of another namespace
   tp run --publish 8080 -- ./my-service     and reach its port 8080 at localhost:8080
+  tp run -w web -- ./my-service             with the environment of web's container
   tp run --explain                          what works on this machine, what does not, and the cure
 ")]
 pub struct Args {
@@ -69,6 +72,23 @@ pub struct Args {
     /// Never send this to the cluster: CIDR, host or *.suffix; repeatable
     #[arg(long, value_name = "WHAT", value_delimiter = ',', value_parser = rule)]
     pub never_proxy: Vec<String>,
+    /// Give it the environment of this workload's container; needs the right to run programs there
+    #[arg(short, long, value_name = "WORKLOAD")]
+    pub workload: Option<String>,
+    /// Which of its containers [default: the first]
+    #[arg(long, value_name = "CONTAINER", requires = "workload")]
+    pub container: Option<String>,
+    /// Take over this variable although it changes how local tools run; repeatable
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_delimiter = ',',
+        requires = "workload"
+    )]
+    pub env_allow: Vec<String>,
+    /// What the program gets in its environment.
+    #[arg(skip)]
+    given: Variables,
     /// What carries the program's packets with `--method netns` [default: tun, or veth where /dev/net/tun is root's alone]
     #[arg(long, value_enum)]
     pub device: Option<Kind>,
@@ -91,10 +111,11 @@ pub struct Args {
 ///
 /// # Errors
 /// Why the program was not started; the exit code is then the one for that.
-pub async fn run(args: Args, _output: &Output) -> Result<ExitCode, Failure> {
+pub async fn run(mut args: Args, _output: &Output) -> Result<ExitCode, Failure> {
     if args.explain {
         return explain(&args).await;
     }
+    args.given = args.environment().await.map_err(before_command)?;
     match args.method {
         Method::ProxyEnv => by_variables(&args).await,
         Method::Notify => calls::run(&args).await,
@@ -105,8 +126,8 @@ pub async fn run(args: Args, _output: &Output) -> Result<ExitCode, Failure> {
 
 async fn explain(args: &Args) -> Result<ExitCode, Failure> {
     let cannot = || "cannot start a process".to_owned();
-    let tried = Namespace::start(&args.plan(), &[]).or_fail(cannot)?;
-    let beside = Starting::start(&[], child::open_files()).or_fail(cannot)?;
+    let tried = Namespace::start(&args.plan(), &[], &[]).or_fail(cannot)?;
+    let beside = Starting::start(&[], &[], child::open_files()).or_fail(cannot)?;
     let made = tried.made().map(|(made, _)| made);
     tried.end();
     let kept = match beside.ready() {
@@ -135,7 +156,7 @@ async fn in_namespace(args: &Args) -> Result<ExitCode, Failure> {
     let mut signals = Signals::watch()?;
     let open_files = child::open_files();
     // At the same time as the connection; and before it, so that the program has this shell's limits.
-    let namespace = Namespace::start(&args.plan(), &args.command).or_fail(cannot)?;
+    let namespace = Namespace::start(&args.plan(), &args.command, &args.given).or_fail(cannot)?;
     let link = args.link(&mut signals).await?;
     let (made, descriptors) = match namespace.made() {
         Ok(made) => made,
@@ -264,7 +285,7 @@ async fn instead(
     let why_not = match args.unfit_for_calls() {
         Some(why) => why,
         None => {
-            let starting = Starting::start(&args.command, open_files);
+            let starting = Starting::start(&args.command, &args.given, open_files);
             let starting = starting.or_fail(|| "cannot start a process".to_owned())?;
             match starting.ready() {
                 Ok((kept, descriptors)) => {
@@ -297,12 +318,15 @@ async fn by_variables(args: &Args) -> Result<ExitCode, Failure> {
     let open_files = child::open_files();
     let mut signals = Signals::watch()?;
     if let Some(peer) = args.peer()? {
-        let variables = peer.variables().await?;
+        let mut variables = peer.variables().await?;
+        variables.extend(args.given.iter().cloned());
         let mut child = child::start(&args.command, &variables, open_files)?;
         return wait(&mut child, &mut signals).await;
     }
     let running = up_with(args.parameters(), &mut signals).await?;
-    let code = match child::start(&args.command, running.variables(), open_files) {
+    let mut variables = running.variables().to_vec();
+    variables.extend(args.given.iter().cloned());
+    let code = match child::start(&args.command, &variables, open_files) {
         Ok(mut child) => wait(&mut child, &mut signals).await,
         Err(failure) => Err(failure),
     };
@@ -335,6 +359,21 @@ impl Args {
                 .map(|(inside, _)| *inside)
                 .collect(),
         }
+    }
+
+    /// The workload's, where one is named.
+    async fn environment(&self) -> Result<Variables, Failure> {
+        let Some(workload) = &self.workload else {
+            return Ok(Variables::new());
+        };
+        let place = Place {
+            namespace: self.namespace.clone(),
+            connection: self.name.clone(),
+            selectors: self.selectors.clone(),
+        };
+        let (cluster, namespace) = place.find().await?;
+        let container = self.container.as_deref();
+        env::of_workload(&cluster, &namespace, workload, container, &self.env_allow).await
     }
 
     /// The connection to use, unless one is to be made.

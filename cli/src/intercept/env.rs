@@ -12,7 +12,7 @@ use kube::{Api, ResourceExt};
 use tokio::io::AsyncReadExt as _;
 use tp_manager_api::intercept::WorkloadKind;
 
-use super::workload::{Found, is_ready};
+use super::workload::{self, Found, is_ready};
 use crate::kubeconfig::{Cluster, Right};
 use crate::report::{Failure, OrFail};
 
@@ -65,15 +65,34 @@ fn is_denied(name: &str) -> bool {
 /// What tells a program that it handles an intercept, under our names and under Telepresence's.
 #[must_use]
 pub fn of_intercept(id: &str, container: Option<&str>) -> Variables {
-    let known = [("INTERCEPT_ID", Some(id)), ("CONTAINER", container)];
-    let known = known
-        .into_iter()
-        .filter_map(|(name, value)| Some((name, value?)));
-    known
-        .flat_map(|(name, value)| {
-            ["TELEPRESENCE_", "TP_"].map(|prefix| (format!("{prefix}{name}"), value.to_owned()))
-        })
+    let container = container.map(|name| told("CONTAINER", name));
+    let id = told("INTERCEPT_ID", id);
+    id.into_iter()
+        .chain(container.into_iter().flatten())
         .collect()
+}
+
+fn told(name: &str, value: &str) -> [(String, String); 2] {
+    ["TELEPRESENCE_", "TP_"].map(|prefix| (format!("{prefix}{name}"), value.to_owned()))
+}
+
+/// What a program gets that is to run as the workload's container does.
+///
+/// # Errors
+/// There is no such workload or container, or its environment cannot be read.
+pub async fn of_workload(
+    cluster: &Cluster,
+    namespace: &str,
+    workload: &str,
+    container: Option<&str>,
+    allowed: &[String],
+) -> Result<Variables, Failure> {
+    let found = workload::find(cluster, namespace, workload).await?;
+    let container = found.container(container, None)?;
+    let variables = of_container(cluster, namespace, &found, &container).await?;
+    let mut given = without_denied(variables, allowed);
+    given.extend(told("CONTAINER", &container));
+    Ok(given)
 }
 
 /// The variables of a process in the container of one of the workload's pods.

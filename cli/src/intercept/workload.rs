@@ -92,6 +92,26 @@ impl Found {
             .find_map(|(is_so, why)| is_so.then_some(why))
     }
 
+    /// The container that is meant: the named one, the one that has a port, or the first.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn container(&self, named: Option<&str>, of_port: Option<&str>) -> Result<String, Failure> {
+        let names = self.spec.containers.iter().map(|c| c.name.as_str());
+        let names: Vec<&str> = names.collect();
+        match named {
+            Some(named) if !names.contains(&named) => {
+                let what = format!("{} has no container {named}", self.workload);
+                Err(Failure::new(what).because(format!("it has {}", names.join(", "))))
+            }
+            Some(named) => Ok(named.to_owned()),
+            None => {
+                let first = names.first().copied().unwrap_or_default();
+                Ok(of_port.unwrap_or(first).to_owned())
+            }
+        }
+    }
+
     fn containers(&self) -> impl Iterator<Item = &Container> {
         let first = self.spec.init_containers.iter().flatten();
         self.spec.containers.iter().chain(first)
@@ -397,6 +417,16 @@ mod tests {
             let obstacle = deployment(pod).obstacle("shop").unwrap();
             assert!(obstacle.contains(part), "{obstacle}");
         }
+    }
+
+    #[test]
+    fn a_container_is_the_named_one_the_ports_or_the_first() {
+        let web = deployment(json!({ "containers": [{ "name": "app" }, { "name": "side" }] }));
+        assert_eq!(web.container(None, None).unwrap(), "app");
+        assert_eq!(web.container(None, Some("side")).unwrap(), "side");
+        assert_eq!(web.container(Some("side"), Some("app")).unwrap(), "side");
+        let missing = web.container(Some("x"), None).unwrap_err();
+        assert_eq!(missing.why, ["it has app, side"]);
     }
 
     #[test]

@@ -37,22 +37,29 @@ pub enum NotRun {
 }
 
 impl Namespace {
-    /// Starts making namespaces for `program`. It will wait until [`Namespace::go`].
+    /// Starts making namespaces for `program`, which gets these variables. It will wait until [`Namespace::go`].
     ///
     /// # Errors
     /// No process can be started.
-    pub fn start(plan: &Plan, program: &[OsString]) -> io::Result<Self> {
+    pub fn start(
+        plan: &Plan,
+        program: &[OsString],
+        variables: &[(String, String)],
+    ) -> io::Result<Self> {
         let (control, theirs) = passing::pair()?;
         let (guard, guards) = passing::pair()?;
         for socket in [&theirs, &guards] {
             rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
         }
-        let child = Command::new("/proc/self/exe")
+        let mut command = Command::new("/proc/self/exe");
+        command
             .arg0("tp")
             .arg(inside::COMMAND)
             .arg(theirs.as_raw_fd().to_string())
             .arg(guards.as_raw_fd().to_string())
-            .args(program)
+            .args(program);
+        let child = command
+            .envs(variables.iter().map(|(name, value)| (name, value)))
             .spawn()?;
         drop((theirs, guards));
         set_socket_timeout(&control, Timeout::Recv, Some(MADE_WITHIN))?;

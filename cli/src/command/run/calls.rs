@@ -23,7 +23,7 @@ pub(super) async fn run(args: &Args) -> Result<ExitCode, Failure> {
     }
     let mut signals = Signals::watch()?;
     // At the same time as the connection.
-    let starting = Starting::start(&args.command, child::open_files())
+    let starting = Starting::start(&args.command, &args.given, child::open_files())
         .or_fail(|| "cannot start a process".to_owned())?;
     let link = args.link(&mut signals).await?;
     match starting.ready() {

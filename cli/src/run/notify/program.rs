@@ -39,11 +39,15 @@ pub struct Kept {
 }
 
 impl Starting {
-    /// Starts a keeper for `program`, which is to have this limit of open files.
+    /// Starts a keeper for `program`, which is to have these variables and this limit of open files.
     ///
     /// # Errors
     /// No process can be started.
-    pub fn start(program: &[OsString], open_files: Rlimit) -> io::Result<Self> {
+    pub fn start(
+        program: &[OsString],
+        variables: &[(String, String)],
+        open_files: Rlimit,
+    ) -> io::Result<Self> {
         let (control, theirs) = passing::pair()?;
         rustix::io::fcntl_setfd(&theirs, FdFlags::empty())?;
         let child = Command::new("/proc/self/exe")
@@ -51,6 +55,7 @@ impl Starting {
             .arg(keeper::COMMAND)
             .arg(theirs.as_raw_fd().to_string())
             .args(program)
+            .envs(variables.iter().map(|(name, value)| (name, value)))
             .spawn()?;
         drop(theirs);
         set_socket_timeout(&control, Timeout::Recv, Some(READY_WITHIN))?;
