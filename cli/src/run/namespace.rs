@@ -58,6 +58,13 @@ impl Namespace {
             .arg(theirs.as_raw_fd().to_string())
             .arg(guards.as_raw_fd().to_string())
             .args(program);
+        // What is no UTF-8 is no proxy either.
+        let known = std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        });
+        for proxy in out_of_reach(known, &plan.forwarded) {
+            command.env_remove(proxy);
+        }
         let child = command
             .envs(variables.iter().map(|(name, value)| (name, value)))
             .spawn()?;
@@ -156,5 +163,59 @@ impl Namespace {
             }
             Ok(Some((FromGuard::Socket, _)) | None) | Err(_) => 0,
         }
+    }
+}
+
+/// Names of proxy variables that lead to this workstation's loopback, which a network of its own does not have: those of
+/// `tp env` among them. What stays is a port that is forwarded.
+fn out_of_reach(
+    variables: impl Iterator<Item = (String, String)>,
+    forwarded: &[u16],
+) -> Vec<String> {
+    let leads_away = |value: &str| {
+        let url = value.rsplit_once("://").map_or(value, |(_, rest)| rest);
+        let authority = url.split(['/', '?']).next().unwrap_or_default();
+        let place = authority
+            .rsplit_once('@')
+            .map_or(authority, |(_, place)| place);
+        let (host, port) = place.rsplit_once(':').unwrap_or((place, ""));
+        let loopback = host == "localhost" || host == "[::1]" || host.starts_with("127.");
+        let port = port.parse().unwrap_or(80);
+        loopback && !forwarded.contains(&port)
+    };
+    let is_proxy = |name: &str| {
+        let name = name.to_ascii_lowercase();
+        matches!(
+            name.as_str(),
+            "http_proxy" | "https_proxy" | "all_proxy" | "ftp_proxy"
+        )
+    };
+    variables
+        .filter(|(name, value)| is_proxy(name) && leads_away(value))
+        .map(|(name, _)| name)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proxies_of_the_workstations_loopback_are_out_of_reach() {
+        let variables = [
+            ("http_proxy", "http://127.0.0.1:1080"),
+            ("HTTPS_PROXY", "http://ada:a@b@localhost:1080/"),
+            ("ALL_PROXY", "socks5h://[::1]:1080"),
+            ("FTP_PROXY", "127.0.0.1:3128"),
+            ("no_proxy", "127.0.0.1"),
+            ("https_proxy", "http://proxy.corp:3128"),
+            ("PATH", "127.0.0.1"),
+        ];
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+
+        assert_eq!(
+            out_of_reach(variables.into_iter(), &[3128]),
+            ["http_proxy", "HTTPS_PROXY", "ALL_PROXY"]
+        );
     }
 }
