@@ -23,10 +23,11 @@ struct Body {
 }
 
 impl Operation {
-    /// From a body in JSON. Anything else has no operation.
+    /// From a body, which is JSON or the document itself (`application/graphql`): what begins as JSON has no operation as a
+    /// document. Anything else has none.
     pub fn of_body(body: &[u8]) -> Self {
         let Ok(body) = serde_json::from_slice::<Body>(body) else {
-            return Self(None);
+            return Self(std::str::from_utf8(body).ok().and_then(only_operation));
         };
         let named = body.operation_name.filter(|name| !name.is_empty());
         Self(named.or_else(|| only_operation(body.query.as_deref()?)))
@@ -197,7 +198,15 @@ mod tests {
         assert_eq!(of(json!({"query": "{ query GetCart }"})), None);
         assert_eq!(of(json!([{"operationName": "GetCart"}])), None);
         assert_eq!(of(json!("GetCart")), None);
+        assert_eq!(of(json!([{"query": "query GetCart { a }"}])), None);
         assert_eq!(Operation::of_body(b"\xff").0, None);
+        // `application/graphql`.
+        assert_eq!(Operation::of_body(b"query GetCart { a }").0, cart);
+        assert_eq!(Operation::of_body(b"{ a }").0, None);
+        assert_eq!(
+            Operation::of_body(b"{\"query\": \"query GetCart { a }\"").0,
+            None
+        );
     }
 
     #[test]
