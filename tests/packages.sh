@@ -13,7 +13,7 @@ packages=(
   debootstrap                                          # cluster/build-servers.sh
   openssh-client openssh-server git iperf3             # developers' tools, and their servers in the cluster
   iputils-ping nodejs                                  # more programs under tp run
-  nginx-light python3-grpcio python3-websockets        # servers and clients on either side of an agent
+  nginx-light python3-grpcio python3-websockets python3-graphql-core # servers and clients on either side of an agent
 )
 [ $# = 0 ] || packages=("$@")
 missing=()

@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use common::{Server, ada, agent_with, soon};
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
@@ -43,10 +44,14 @@ async fn start(program: &str, name: &str, who: &str) -> (Server, Child) {
 
 /// A server as the application, another as the local one, and a client that knows who has to answer.
 async fn all_of(program: &str, name: &str) {
+    all_of_with(program, name, ada(true)).await;
+}
+
+async fn all_of_with(program: &str, name: &str, intercepts: Value) {
     let (app, _app) = start(program, name, "app").await;
     let (local, _local) = start(program, name, "local").await;
     let agent = agent_with(app, local, Duration::from_secs(60)).await;
-    agent.push(ada(true)).await;
+    agent.push(intercepts).await;
     let address = agent.address.to_string();
     let output = script(program, name, ["call", &address]).output();
     let output = tokio::time::timeout(Duration::from_secs(100), output)
@@ -69,6 +74,15 @@ async fn grpc_of_all_four_kinds_with_trailers_and_deadlines() {
 #[tokio::test]
 async fn websockets() {
     all_of(PYTHON, "websocket_peer.py").await;
+}
+
+#[tokio::test]
+async fn graphql_operations_however_they_are_sent() {
+    let get_cart = json!([{
+        "id": "uid-cart", "created": 1, "strict": true,
+        "matchers": [{"graphql": {"operation": "GetCart"}}]
+    }]);
+    all_of_with(PYTHON, "graphql_peer.py", get_cart).await;
 }
 
 #[tokio::test]
