@@ -24,7 +24,7 @@
 //!    - 503: the table is taken, but the kernel does not redirect the ports yet. Push again.
 //! 5. `GET` [`workstation::HEALTH_PATH`] answers `{"version": "…", "ports": […]}`: the ports that have intercepts, of all replicas.
 //! 6. `GET` and `DELETE` [`tp_manager_api::route_table::CONNECTIONS_PATH`] count, and close, what the application had open before.
-//! 7. SIGTERM removes the rule, lets connections end for up to 20 s, and ends the agent.
+//! 7. SIGTERM removes the rule, ends idle connections, lets the others finish for up to 20 s, and ends the agent.
 
 pub mod book;
 pub mod budget;

@@ -13,7 +13,7 @@ use tp_tunnel::{Identity, KeyHash};
 
 use crate::book::Book;
 use crate::budget::{Budget, Share};
-use crate::front::{self, Place, Shared};
+use crate::front::{self, Place, Shared, stopping};
 use crate::heartbeat::{Parent, Word};
 use crate::workstation;
 
@@ -83,13 +83,14 @@ pub async fn serve(
         parent,
     } = worker;
     let (parent, mut close) = parent.unzip();
+    let (stop_tx, stop) = watch::channel(false);
     let shared = Arc::new(Shared {
         book: Book::new(lease),
         budget: Budget::default(),
         changed: Notify::new(),
         parent,
+        stop: stop.clone(),
     });
-    let (stop_tx, stop) = watch::channel(false);
     let mut accepting = JoinSet::new();
     for inbound in listeners.inbound {
         accepting.spawn(accept_inbound(inbound, Arc::clone(&shared), stop.clone()));
@@ -265,11 +266,6 @@ async fn accept_managers(
     drop((socket, drain));
     let drained = async { while connections.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(DRAIN, drained).await;
-}
-
-async fn stopping(stop: &mut watch::Receiver<bool>) {
-    // An error means that the worker is gone, which is a stop too.
-    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 fn report_panic(ended: Result<(), tokio::task::JoinError>) {

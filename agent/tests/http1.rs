@@ -561,6 +561,29 @@ async fn an_unfiltered_intercept_takes_whatever_is_spoken() {
 }
 
 #[tokio::test]
+async fn a_stop_ends_what_is_idle_and_lets_the_rest_finish() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let app = common::Server::at(listener.local_addr().unwrap());
+    let mut agent = agent_with(app, server("local").await, Duration::from_secs(15)).await;
+    agent.push(ada(false)).await;
+    let mut busy = agent.connect().await;
+    busy.send("GET / HTTP/1.1\r\nHost: web\r\n\r\n").await;
+    let (mut server, _) = soon(listener.accept()).await.unwrap();
+    expect(&mut server, "\r\n\r\n").await;
+    let mut idle = agent.connect().await;
+    assert!(idle.get("/", ADA).await.contains("local"));
+    agent.stop();
+    assert_eq!(idle.rest().await.unwrap(), "");
+    server
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        .await
+        .unwrap();
+    assert!(busy.answer().await.ends_with("ok"));
+    assert_eq!(busy.rest().await.unwrap(), "");
+    assert!(TcpStream::connect(agent.address).await.is_err());
+}
+
+#[tokio::test]
 async fn large_bodies_pass_both_ways() {
     let echo = scripted(|_, body| {
         let text = std::str::from_utf8(body).unwrap();

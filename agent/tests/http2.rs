@@ -232,6 +232,37 @@ async fn a_vanished_workstation_is_a_502_within_three_seconds() {
 }
 
 #[tokio::test]
+async fn a_stop_takes_no_new_stream_and_lets_the_others_finish() {
+    let mut agent = agent().await;
+    let tcp = TcpStream::connect(agent.address).await.unwrap();
+    let (requests, connection) = h2::client::handshake(tcp).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let mut requests = requests.ready().await.unwrap();
+    // The application's answer waits for the end of the body.
+    let (response, mut stream) = requests.send_request(request("/", "eve"), false).unwrap();
+    stream
+        .send_data(Bytes::from_static(b"begun"), false)
+        .unwrap();
+    assert!(call(&requests, "/", "ada", b"").await.starts_with("local"));
+    agent.stop();
+    soon(async {
+        while requests.clone().ready().await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    stream
+        .send_data(Bytes::from_static(b", ended"), true)
+        .unwrap();
+    let (text, _) = soon(collect(soon(response).await.unwrap().into_body()))
+        .await
+        .unwrap();
+    assert_eq!(text, b"app POST / 12 for 127.0.0.1");
+    drop(requests);
+    soon(connection).await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn short_messages_pass_in_thousands_both_ways() {
     let agent = agent().await;
     let words: String = (0..MANY).map(|n| format!("{n:07} ")).collect();

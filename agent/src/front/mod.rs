@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tp_tunnel::{Flow, NotOpened, Workstation};
 
 use crate::book::{Book, Live, Port};
@@ -40,6 +40,14 @@ pub struct Shared {
     pub changed: Notify,
     /// Who changes the packet filter; `None` where nobody redirects.
     pub parent: Option<Parent>,
+    /// Connections are to end: what is idle at once, what is under way after its answer.
+    pub stop: watch::Receiver<bool>,
+}
+
+/// Resolves when connections are to end. Cancel safe.
+pub(crate) async fn stopping(stop: &mut watch::Receiver<bool>) {
+    // An error means that the worker is gone, which is a stop too.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Where a connection came from and where it wanted to go.

@@ -31,8 +31,9 @@ pub struct Agent {
     pub tunnel: Tunnel,
     pub control: SocketAddr,
     driver: AbortHandle,
+    stop: Option<oneshot::Sender<()>>,
     /// Dropped with everything else.
-    _running: (oneshot::Sender<()>, JoinSet<()>),
+    _running: JoinSet<()>,
 }
 
 pub const ADA: &str = "x-tp-user: ada\r\n";
@@ -101,7 +102,8 @@ pub async fn agent_with(app: Server, local: Server, lease: Duration) -> Agent {
         tunnel,
         control: control_address,
         driver,
-        _running: (stop, tasks),
+        stop: Some(stop),
+        _running: tasks,
     }
 }
 
@@ -146,6 +148,11 @@ impl Agent {
     /// Ends the manager's connection as a crash would.
     pub fn cut_manager(&self) {
         self.driver.abort();
+    }
+
+    /// As SIGTERM does.
+    pub fn stop(&mut self) {
+        self.stop = None;
     }
 
     pub async fn connect(&self) -> Client {

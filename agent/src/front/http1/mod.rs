@@ -14,10 +14,11 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::watch;
 use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
 use tp_tunnel::{Flow, Workstation};
 
-use super::{FALLBACK, Place, Shared, opaque, open};
+use super::{FALLBACK, Place, Shared, opaque, open, stopping};
 use crate::book::Live;
 use crate::budget::{EXCHANGE, LARGE, Share};
 use crate::route::{Decision, decide};
@@ -112,9 +113,10 @@ pub(super) async fn serve(
         dialing: app,
         ..Upstreams::default()
     };
+    let mut stop = shared.stop.clone();
     loop {
         let mut share = None;
-        let raw = match next(&mut client, &mut upstreams, shared, &mut share).await {
+        let raw = match next(&mut client, &mut upstreams, shared, &mut stop, &mut share).await {
             Next::Head(raw) => raw,
             Next::End => return client.finish().await,
             Next::Lost => return client.reset(),
@@ -164,6 +166,7 @@ async fn next(
     client: &mut Client,
     upstreams: &mut Upstreams,
     shared: &Shared,
+    stop: &mut watch::Receiver<bool>,
     share: &mut Option<(Share, Option<Share>)>,
 ) -> Next {
     if client.buf.is_empty() {
@@ -172,6 +175,7 @@ async fn next(
             let filled = tokio::select! {
                 biased;
                 filled = fill(&client.rx, &mut client.buf) => filled,
+                () = stopping(stop) => return Next::End,
                 () = ended(upstreams.app.as_mut()) => {
                     upstreams.app = None;
                     match upstreams.app_was_last {

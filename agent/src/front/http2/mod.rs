@@ -30,7 +30,7 @@ use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
 use tp_tunnel::{ByteStream, Workstation};
 
 use super::prefixed::Prefixed;
-use super::{FALLBACK, Place, Shared, open};
+use super::{FALLBACK, Place, Shared, open, stopping};
 use crate::book::Live;
 use crate::budget::LARGE;
 use crate::route::{Decision, decide};
@@ -107,8 +107,13 @@ pub(super) async fn serve(
     // All in this one task: a request crosses no thread on its way.
     let mut running: FuturesUnordered<BoxFuture<'static, Ended>> = FuturesUnordered::new();
     let mut given_up = GivenUp::default();
+    let (mut stop, mut leaving) = (peers.shared.stop.clone(), false);
     loop {
         tokio::select! {
+            () = stopping(&mut stop), if !leaving => {
+                leaving = true;
+                connection.graceful_shutdown();
+            }
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
                     let peers = Arc::clone(&peers);
