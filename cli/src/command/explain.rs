@@ -191,13 +191,7 @@ fn headline(one: &OnTheWay) -> String {
         (true, false, None) => "matches, and is not ready".to_owned(),
         (false, _, _) => "does not match".to_owned(),
     };
-    let before = match one.open_before {
-        Some(open @ 1..) => format!(
-            "; {} from before bypass it",
-            report::counted(open, "connection")
-        ),
-        Some(0) | None => String::new(),
-    };
+    let before = list::bypassing(one.open_before);
     format!("{name}, of {user} on {host}: {verdict}{before}")
 }
 

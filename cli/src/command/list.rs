@@ -70,6 +70,8 @@ struct Intercepted {
     matchers: Vec<Matcher>,
     ready: bool,
     reason: Option<String>,
+    /// Connections that were open before it and bypass it until they end.
+    open_before: Option<u32>,
 }
 
 /// Prints the list.
@@ -160,6 +162,10 @@ fn intercepted_by(intercept: &Intercept) -> Intercepted {
         matchers: intercept.spec.matchers.clone(),
         ready: intercept.is_ready(),
         reason: ready.map(|ready| ready.reason.clone()),
+        open_before: intercept
+            .status
+            .as_ref()
+            .and_then(|status| status.open_before),
     }
 }
 
@@ -246,7 +252,19 @@ fn by(intercept: &Intercepted) -> String {
         (false, Some(reason)) => format!(" ({reason})"),
         (false, None) => " (not ready)".to_owned(),
     };
-    format!("{name}: {user} on {host}, port {port}, {requests}{state}")
+    let before = bypassing(intercept.open_before);
+    format!("{name}: {user} on {host}, port {port}, {requests}{state}{before}")
+}
+
+/// What an intercept does not see.
+pub(super) fn bypassing(open_before: Option<u32>) -> String {
+    match open_before {
+        Some(open @ 1..) => {
+            let what = report::counted(open, "connection");
+            format!("; {what} from before bypass it")
+        }
+        Some(0) | None => String::new(),
+    }
 }
 
 pub(super) fn discreet(matcher: &Matcher) -> String {
@@ -302,6 +320,7 @@ mod tests {
             ],
             ready: false,
             reason: Some("Attaching".into()),
+            open_before: Some(2),
         };
         let listing = Listing {
             namespace: "shop".into(),
@@ -320,7 +339,7 @@ mod tests {
             told(&listing),
             "WORKLOAD        READY  PORTS   STATE\n\
              deployment/web  2      web:80  intercepted\n  \
-             web: ada on lovelace, port 8080, header x-user and path = /api (Attaching)\n\
+             web: ada on lovelace, port 8080, header x-user and path = /api (Attaching); 2 connections from before bypass it\n\
              daemonset/logs  2      web:80  cannot be intercepted: its pods use their node's network\n"
         );
     }
