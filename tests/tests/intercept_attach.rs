@@ -159,6 +159,54 @@ fn my_requests_reach_the_workstation_on_every_pod_also_after_a_rollout_and_a_sca
 }
 
 #[test]
+fn every_kind_of_workload_can_be_intercepted() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let namespace = cluster.namespace("attach");
+    namespace.probe("bare");
+    let template = "template: {metadata: {labels: {app: $KIND}}, spec: {terminationGracePeriodSeconds: 0, \
+                    containers: [{name: probe, image: \"lab.local/probe:lab\"}]}}";
+    let selector = "selector: {matchLabels: {app: $KIND}}";
+    for (kind, more) in [
+        ("StatefulSet", "serviceName: none,"),
+        ("DaemonSet", ""),
+        ("ReplicaSet", "replicas: 1,"),
+    ] {
+        let manifest = format!(
+            "apiVersion: apps/v1\nkind: {kind}\nmetadata: {{name: web, namespace: $NS}}\n\
+             spec: {{{more} {selector}, {template}}}\n"
+        );
+        namespace.apply(&manifest.replace("$KIND", &kind.to_lowercase()));
+    }
+    let workstation = Workstation::connect(&cluster, &namespace.name);
+
+    for (kind, workload) in [
+        ("StatefulSet", "web"),
+        ("DaemonSet", "web"),
+        ("ReplicaSet", "web"),
+        ("Pod", "bare"),
+    ] {
+        let label = match kind {
+            "Pod" => workload.to_owned(),
+            _ => kind.to_lowercase(),
+        };
+        namespace.wait_ready(&format!("app={label}"));
+        let pods = ["-n", &namespace.name, "get", "pods", "-l"];
+        let path = "jsonpath={.items[0].status.podIP}";
+        let label = format!("app={label}");
+        let address = cluster.kubectl(&[&pods[..], &[&label, "-o", path]].concat());
+
+        workstation
+            .intercept(kind, workload, 80, &matchers())
+            .ready();
+
+        assert_eq!(get(&cluster, &address, MINE), ANSWER, "{kind}");
+        assert_ne!(get(&cluster, &address, "x-tp-user: eve"), ANSWER, "{kind}");
+    }
+}
+
+#[test]
 fn the_second_of_two_equal_intercepts_is_refused_and_finds_who_holds_it() {
     let Some(cluster) = Cluster::with_manager() else {
         return;
