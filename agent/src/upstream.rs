@@ -6,6 +6,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::task::Context;
+use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
 use futures::future::BoxFuture;
@@ -71,6 +72,20 @@ impl Upstream {
 
     pub(crate) fn is_workstation(&self) -> bool {
         matches!(self.rx, Reader::Workstation(_))
+    }
+
+    /// Ends a connection that is not needed any more as its client would: with a FIN, not a reset. A workstation is waited
+    /// for, since dropping one direction of a flow resets the other.
+    pub(crate) async fn close(mut self) {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        let closed = async {
+            self.tx.finish().await?;
+            while self.is_workstation() && self.rx.fill(&mut self.buf).await? > 0 {
+                self.buf.clear();
+            }
+            io::Result::Ok(())
+        };
+        let _ = tokio::time::timeout(PATIENCE, closed).await;
     }
 
     /// Whether an idle connection can take another request: nothing came, and no end.

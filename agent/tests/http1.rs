@@ -584,6 +584,27 @@ async fn a_stop_ends_what_is_idle_and_lets_the_rest_finish() {
 }
 
 #[tokio::test]
+async fn the_clients_fin_is_the_local_applications() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let local = common::Server::at(listener.local_addr().unwrap());
+    let agent = agent_with(server("app").await, local, Duration::from_secs(15)).await;
+    agent.push(ada(false)).await;
+    let mut client = agent.connect().await;
+    client
+        .send(&format!("GET / HTTP/1.1\r\nHost: web\r\n{ADA}\r\n"))
+        .await;
+    let (mut server, _) = soon(listener.accept()).await.unwrap();
+    expect(&mut server, "\r\n\r\n").await;
+    server
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        .await
+        .unwrap();
+    assert!(client.answer().await.starts_with("HTTP/1.1 200 "));
+    drop(client);
+    assert_eq!(soon(server.read(&mut [0; 9])).await.unwrap(), 0);
+}
+
+#[tokio::test]
 async fn large_bodies_pass_both_ways() {
     let echo = scripted(|_, body| {
         let text = std::str::from_utf8(body).unwrap();

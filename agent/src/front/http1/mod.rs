@@ -60,6 +60,12 @@ struct Upstreams {
 }
 
 impl Upstreams {
+    async fn close(self) {
+        if let Some((_, mine)) = self.mine {
+            mine.close().await;
+        }
+    }
+
     /// The connection to the application, or a new one.
     async fn app(&mut self, address: SocketAddr) -> io::Result<Upstream> {
         let tcp = match (self.app.take(), self.dialing.take()) {
@@ -118,7 +124,7 @@ pub(super) async fn serve(
         let mut share = None;
         let raw = match next(&mut client, &mut upstreams, shared, &mut stop, &mut share).await {
             Next::Head(raw) => raw,
-            Next::End => return client.finish().await,
+            Next::End => return end(client, upstreams).await,
             Next::Lost => return client.reset(),
             Next::Refused(doubt) => return client.refuse(doubt).await,
             Next::Unparsed => return client.pass_on(upstreams, place, Bytes::new()).await,
@@ -149,7 +155,7 @@ pub(super) async fn serve(
         };
         match turn.serve().await {
             Then::Next => {}
-            Then::End => return client.finish().await,
+            Then::End => return end(client, upstreams).await,
             Then::Reset => return client.reset(),
             Then::Refuse(doubt) => return client.refuse(doubt).await,
             Then::Gone => {
@@ -159,6 +165,11 @@ pub(super) async fn serve(
             Then::Tunnel(upstream) => return client.tunnel(*upstream).await,
         }
     }
+}
+
+/// Both sides end in good order.
+async fn end(client: Client, upstreams: Upstreams) {
+    tokio::join!(client.finish(), upstreams.close());
 }
 
 /// Waits for the next head. Idle upstreams are watched meanwhile: the application's close is the client's.
@@ -407,7 +418,11 @@ impl Turn<'_> {
                 self.upstreams.app_was_last = false;
                 Then::Next
             }
-            Ok(Served::Closed) => Then::End,
+            Ok(Served::Closed) => {
+                // Ended with the client's connection.
+                self.upstreams.mine = Some((id.to_owned(), upstream));
+                Then::End
+            }
             Ok(Served::Upgraded) => Then::Tunnel(Box::new(upstream)),
             Err(Failure::Doubt(doubt)) => Then::Refuse(doubt),
             Err(Failure::Client) => Then::Reset,
