@@ -3,7 +3,7 @@
 //!
 //! A client that only counts answers cannot tell a request that was executed twice from one that was executed once, nor a
 //! whole reply from a truncated one that ends well. Here both ends derive the same bytes from (seed, flow, sequence number),
-//! compare them, and write down what they saw; [`join`] is the only place where anything is judged.
+//! compare them, and write down what they saw; [`join()`] is the only place where anything is judged.
 //!
 //! `tests/ledger` is the program that makes the traffic (`ledger load`) and answers it (`ledger serve`). It knows nothing
 //! of `tp`.
