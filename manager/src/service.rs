@@ -15,7 +15,7 @@ use tp_tunnel::server::{Dialed, Service};
 use tp_tunnel::{Target, Workstation};
 
 use crate::dial::{Dialer, Reach};
-use crate::intercepts::Seat;
+use crate::intercepts::workstations::Seat;
 
 /// Where the view of a session comes from.
 pub trait Views: Send + Sync + 'static {

@@ -10,11 +10,11 @@ use tp_manager_api::intercept::AttachMode;
 
 use super::child::{self, Signals};
 use super::connect::before_command;
-use crate::daemon::asked::Held;
+use crate::daemon::held::Held;
 use crate::daemon::inbound::LocalAddress;
-use crate::daemon::intercepts::{Wanted, WantedPort};
 use crate::daemon::peers::{self, Peer};
 use crate::daemon::status::InterceptStatus;
+use crate::daemon::wanted::{Wanted, WantedPort};
 use crate::env_syntax::EnvSyntax;
 use crate::intercept::env::{self, Variables};
 use crate::intercept::example;

@@ -15,8 +15,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::intercepts::Wanted;
 use super::status::ConnectionStatus;
+use super::wanted::Wanted;
 use crate::kubeconfig::Selectors;
 use crate::report::Failure;
 

@@ -18,19 +18,19 @@ use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::watch_object;
 use kube::{Api, ResourceExt as _};
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
-use tp_manager_api::intercept::{AttachMode, InterceptSpec, Workload};
-use tp_manager_api::{ClientInfo, Intercept, Matcher, Matchers, Session};
+use tp_manager_api::intercept::InterceptSpec;
+use tp_manager_api::{ClientInfo, Intercept, Matcher, Session};
 
-use super::inbound::{Counts, LocalAddress, Way, Ways};
+use super::inbound::{Counts, Way, Ways};
 use super::login::Login;
 use super::peers;
 use super::services::refusal;
 use super::session::{SessionLease, host_name};
 use super::status::InterceptStatus;
+use super::wanted::{Wanted, WantedPort};
 use crate::kubeconfig::Cluster;
 use crate::report::{Failure, status_of};
 
@@ -39,40 +39,6 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 
 /// Owner of the fields in the API server's books.
 const FIELD_MANAGER: &str = "tp";
-
-/// What a command asks for.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Wanted {
-    /// What its user calls it.
-    pub name: String,
-    /// The workload.
-    pub workload: Workload,
-    /// Its ports, each with its way.
-    pub ports: Vec<WantedPort>,
-    /// Container whose environment the user's program gets.
-    pub container: Option<String>,
-    /// Which requests.
-    pub matchers: Matchers,
-    /// Whether a workstation that does not answer is an error.
-    pub strict: bool,
-    /// Whether idle connections from before are reset.
-    pub close_idle: bool,
-    /// How the agent gets into the pods.
-    pub attach: AttachMode,
-    /// Whether the intercept ends with the command that asked for it.
-    pub held: bool,
-}
-
-/// One port of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WantedPort {
-    /// The container's port.
-    pub port: u16,
-    /// Service by which it is reached.
-    pub service: Option<String>,
-    /// Where it leads.
-    pub local: LocalAddress,
-}
 
 /// See the module.
 #[derive(Debug)]

@@ -12,6 +12,7 @@ pub mod connection;
 pub mod control;
 pub mod environment;
 pub mod folder;
+pub mod held;
 pub mod inbound;
 pub mod intercepts;
 pub mod key_file;
@@ -29,6 +30,7 @@ pub mod status;
 pub mod supervisor;
 pub mod sys;
 pub mod unmet;
+pub mod wanted;
 
 pub use folder::valid_name;
 

@@ -7,11 +7,11 @@ use futures::future::join_all;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
-use super::asked::Held;
 use super::control::{Daemon, Reply, Request};
 use super::folder::{self, Folder};
-use super::intercepts::Wanted;
+use super::held::Held;
 use super::status::{ConnectionStatus, InterceptStatus, State};
+use super::wanted::Wanted;
 use crate::kubeconfig::Selectors;
 use crate::report::Failure;
 

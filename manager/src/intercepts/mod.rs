@@ -14,7 +14,7 @@ mod seen;
 mod status;
 mod step;
 mod work;
-mod workstations;
+pub mod workstations;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +31,7 @@ use tp_manager_api::Intercept;
 use tp_manager_api::intercept::{InterceptStatus, Workload};
 use tp_tunnel::Identity;
 
-pub use self::workstations::{Seat, Workstations};
+use self::workstations::Workstations;
 
 use self::container::Blueprint;
 use self::held::{Replica, SessionView};

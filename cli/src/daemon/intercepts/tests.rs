@@ -13,10 +13,12 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::broadcast;
-use tp_manager_api::intercept::WorkloadKind;
+use tp_manager_api::Matchers;
+use tp_manager_api::intercept::{AttachMode, Workload, WorkloadKind};
 
 use super::readiness::{HEARD_WITHIN, READY_WITHIN, Readiness};
 use super::*;
+use crate::daemon::inbound::LocalAddress;
 use crate::kubeconfig::Selectors;
 
 fn intercept(user: &str, matchers: Value, condition: Option<(&str, &str, &str)>) -> Intercept {
