@@ -1,8 +1,8 @@
 //! Intercepts: from the object in the API server to routes in the agents of every pod, and flows back to workstations.
 //!
-//! [`plan`] decides, from what [`seen`] has watched, which agents there are to be and what they are told; this module
+//! `plan.rs` decides, from what `seen.rs` has watched, which agents there are to be and what they are told; this module
 //! carries it out. Nothing of it is kept: after a restart the same objects give the same plan. The replica that holds an
-//! intercept's Session serves it ([`held`]); any number of replicas may have routes in one agent.
+//! intercept's Session serves it (`held.rs`); any number of replicas may have routes in one agent.
 
 mod container;
 mod held;
