@@ -2,7 +2,8 @@
 //!
 //! Each replica pushes on its own connection and renews within the lease. A connection that has ended keeps its routes
 //! until their lease is over: its intercepts fall open (or fail, if strict) in the same way as with a workstation that
-//! does not answer.
+//! does not answer. They are asked after those of connections that live, so that one that was made anew meanwhile has its
+//! requests.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -31,6 +32,7 @@ struct Pushed<W> {
     table: RouteTable,
     workstation: W,
     until: Instant,
+    ended: bool,
 }
 
 /// One intercepted port, its oldest intercept first.
@@ -75,10 +77,20 @@ impl<W: Clone> Book<W> {
                     table,
                     workstation,
                     until,
+                    ended: false,
                 };
                 inner.pushed.insert(connection, pushed);
                 inner.rebuild();
             }
+        }
+    }
+
+    /// The connection has ended; its lease goes on.
+    pub fn ended(&self, connection: ConnectionId) {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pushed) = inner.pushed.get_mut(&connection) {
+            pushed.ended = true;
+            inner.rebuild();
         }
     }
 
@@ -126,24 +138,33 @@ impl<W: Clone> Inner<W> {
     }
 
     fn live(&self, port: PortRoutes) -> Port<W> {
-        let intercepts = port.intercepts.into_iter().filter_map(|route| {
-            let workstation = self.workstation_of(&route.id)?;
-            Some(Live { route, workstation })
-        });
+        let (mut intercepts, mut ended) = (Vec::new(), Vec::new());
+        for route in port.intercepts {
+            if let Some(pushed) = self.pushed_by(&route.id) {
+                let workstation = pushed.workstation.clone();
+                let live = Live { route, workstation };
+                match pushed.ended {
+                    true => ended.push(live),
+                    false => intercepts.push(live),
+                }
+            }
+        }
+        intercepts.append(&mut ended);
         Port {
             app: port.app,
-            intercepts: intercepts.collect(),
+            intercepts,
         }
     }
 
     /// After a session has moved to another replica, the newest connection knows where it is.
-    fn workstation_of(&self, id: &str) -> Option<W> {
+    fn pushed_by(&self, id: &str) -> Option<&Pushed<W>> {
         let has = |pushed: &&Pushed<W>| {
             let mut routes = pushed.table.ports.iter().flat_map(|port| &port.intercepts);
             routes.any(|route| route.id == id)
         };
-        let newest = self.pushed.values().rev().find(has);
-        newest.map(|pushed| pushed.workstation.clone())
+        let newest_first = || self.pushed.values().rev().filter(has);
+        let lives = newest_first().find(|pushed| !pushed.ended);
+        lives.or_else(|| newest_first().next())
     }
 }
 
@@ -195,6 +216,24 @@ mod tests {
         assert_eq!(found(&book), [("b".into(), "first")]);
         book.expire(at(25));
         assert!(book.ports().is_empty());
+    }
+
+    #[test]
+    fn who_has_left_is_asked_last() {
+        let book = Book::new(Duration::from_secs(15));
+        let now = Instant::now();
+        book.push(1, table(&["a"]), "gone", now);
+        book.push(2, table(&["b"]), "here", now);
+        book.push(3, table(&["b"]), "gone later", now);
+        book.ended(1);
+        book.ended(3);
+        assert_eq!(found(&book), [("b".into(), "here"), ("a".into(), "gone")]);
+        // Even nobody but who has left: the requests are still theirs, for the lease.
+        book.ended(2);
+        assert_eq!(
+            found(&book),
+            [("a".into(), "gone"), ("b".into(), "gone later")]
+        );
     }
 
     #[test]

@@ -69,7 +69,9 @@ pub async fn serve(
         shared,
     });
     tracing::info!(connection = service.connection, "manager connected");
+    let agent = Arc::clone(&service);
     let ended = serve_with(stream, service, settings(), shutdown).await;
+    agent.shared.book.ended(agent.connection);
     tracing::info!(?ended, "manager disconnected");
 }
 
