@@ -117,7 +117,8 @@ impl<'a> Namespace<'a> {
     }
 
     /// Waits until the node's packet rules lead to the Service's pods: that comes a moment after the pods are ready.
-    pub(crate) fn wait_service(&self, name: &str, port: u16) {
+    #[track_caller]
+    pub fn wait_service(&self, name: &str, port: u16) {
         let address = self.value(&format!("svc/{name}"), ".spec.clusterIP");
         let connect = format!("exec 3<>/dev/tcp/{address}/{port}");
         let limit = std::time::Duration::from_secs(30);

@@ -90,6 +90,7 @@ fn web(cluster: &Cluster) -> Namespace<'_> {
     let namespace = cluster.namespace("intercept");
     namespace.apply(WEB);
     namespace.wait_ready("app=web");
+    namespace.wait_service("web", 80);
     namespace
 }
 

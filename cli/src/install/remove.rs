@@ -126,13 +126,19 @@ async fn gone_within<T>(
     }
 }
 
+/// Whether the API server does not know the kind. Of a whole group that is missing it says so in plain text, which
+/// [`kube::core::Status::is_not_found`] does not take for one.
+fn unknown(status: &kube::core::Status) -> bool {
+    status.code == 404
+}
+
 /// Users made them, so they have no label of ours.
 async fn intercepts(client: &Client) -> Result<Vec<Removed>, Failure> {
     let (version, kind) = (Intercept::api_version(&()), Intercept::kind(&()));
     let all: Api<Intercept> = Api::all(client.clone());
     let found = match all.list(&ListParams::default()).await {
         Ok(found) => found.items,
-        Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(Vec::new()),
+        Err(kube::Error::Api(status)) if unknown(&status) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
     let objects = found.iter().map(|intercept| {
@@ -155,7 +161,7 @@ async fn sweep(client: &Client, (version, kind): &Kind) -> Result<Vec<Removed>, 
         // Jobs of temporary managers live in any namespace; who may not see them leaves them to expire.
         Err(error) if *kind == "Job" && is_denial(&error) => return Ok(Vec::new()),
         // A kind that this API server does not know.
-        Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(Vec::new()),
+        Err(kube::Error::Api(status)) if unknown(&status) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
     let objects = found
