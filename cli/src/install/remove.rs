@@ -126,6 +126,9 @@ async fn gone_within<T>(
     }
 }
 
+/// Between two questions to an API server that is too busy to answer; the whole removal has a limit.
+const OVERLOADED_PAUSE: Duration = Duration::from_millis(200);
+
 /// Whether the API server does not know the kind. Of a whole group that is missing it says so in plain text, which
 /// [`kube::core::Status::is_not_found`] does not take for one.
 fn unknown(status: &kube::core::Status) -> bool {
@@ -136,10 +139,16 @@ fn unknown(status: &kube::core::Status) -> bool {
 async fn intercepts(client: &Client) -> Result<Vec<Removed>, Failure> {
     let (version, kind) = (Intercept::api_version(&()), Intercept::kind(&()));
     let all: Api<Intercept> = Api::all(client.clone());
-    let found = match all.list(&ListParams::default()).await {
-        Ok(found) => found.items,
-        Err(kube::Error::Api(status)) if unknown(&status) => return Ok(Vec::new()),
-        Err(error) => return Err(error.into()),
+    let found = loop {
+        match all.list(&ListParams::default()).await {
+            Ok(found) => break found.items,
+            Err(kube::Error::Api(status)) if unknown(&status) => return Ok(Vec::new()),
+            // A kind that was defined a moment ago has no storage yet.
+            Err(kube::Error::Api(status)) if status.code == 429 => {
+                tokio::time::sleep(OVERLOADED_PAUSE).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
     };
     let objects = found.iter().map(|intercept| {
         json!({
