@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tp_tests::manager::IMAGE;
 use tp_tests::process::tool;
-use tp_tests::{Cluster, Laptop, Namespace, eventually};
+use tp_tests::{Cluster, Laptop, Namespace, eventually, time_in};
 
 use workstation::{ANSWER, Workstation, condition};
 
@@ -243,6 +243,13 @@ fn the_second_of_two_equal_intercepts_is_refused_and_finds_who_holds_it() {
         assert!(other.served() > rest);
         assert_eq!(workstation.served(), own + 1);
     }
+    // The API server's clock has whole seconds; of two in one, the uid says which is older.
+    let object = format!("intercepts.tp.dev/{}", everything.name);
+    let created = namespace.value(&object, ".metadata.creationTimestamp");
+    let limit = Duration::from_secs(3);
+    eventually("another second begins", limit, || {
+        (time_in(0) > created).then_some(())
+    });
     let late = json!([{ "header": { "name": "x-tp-user", "exact": "late" } }]);
     let late = workstation.intercept("Deployment", "web", 80, &late);
     cluster.apply(&late.object.to_string());

@@ -39,7 +39,7 @@ pub(super) enum Done {
 const RECHECK: Duration = Duration::from_secs(25);
 
 /// After a refusal to let an agent in.
-pub(super) const AGAIN: Duration = Duration::from_secs(5);
+pub(super) const AGAIN: Duration = Duration::from_secs(3);
 
 /// How long an Intercept may be without its Session. A workstation that makes another one writes it into its Intercepts.
 const ORPHANED: Duration = Duration::from_secs(60);
