@@ -90,7 +90,12 @@ impl Meter {
     }
 
     /// Whether the peer leaves a PING unanswered for longer than [`crate::Settings::silence`].
-    pub(crate) fn silent(&self) -> watch::Receiver<bool> {
+    pub(crate) fn is_silent(&self) -> bool {
+        *self.silent.borrow()
+    }
+
+    /// The same as it changes.
+    pub(crate) fn silence(&self) -> watch::Receiver<bool> {
         self.silent.subscribe()
     }
 

@@ -191,14 +191,14 @@ impl Workstation {
     pub fn attend(&self) -> Attention {
         let meter = &self.pool.link.meter;
         Attention {
-            silent: meter.silent(),
+            silent: meter.silence(),
             _attention: meter.attend(),
         }
     }
 
     /// Whether the peer has been silent; then an offer would only cost its time.
     pub fn is_silent(&self) -> bool {
-        *self.pool.link.meter.silent().borrow()
+        self.pool.link.meter.is_silent()
     }
 
     /// Whether the connection under it takes nothing new.
