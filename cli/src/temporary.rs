@@ -68,7 +68,7 @@ pub async fn start(
     let params = PostParams::default();
     let creating = async {
         match jobs.create(&params, &wanted).await {
-            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
             created => created.map(|_| true),
         }
     };
@@ -103,7 +103,7 @@ async fn remove(cluster: &Cluster, namespace: &str, job: &str) -> Result<(), Fai
     let params = DeleteParams::background();
     let not_found_is_gone = async {
         match jobs.delete(job, &params).await {
-            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
             deleted => deleted.map(drop),
         }
     };

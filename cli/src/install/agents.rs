@@ -134,7 +134,7 @@ where
         .patch(name, &params, &Patch::Strategic(patch))
         .await
     {
-        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         patched => patched.map(drop).map_err(Failure::from),
     }
 }

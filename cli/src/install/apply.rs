@@ -24,6 +24,9 @@ use crate::report::{Failure, is_denial};
 /// An API server establishes a definition in well under a second.
 const ESTABLISHED_WITHIN: Duration = Duration::from_secs(10);
 
+/// Between two questions for a kind that is not served yet.
+const SERVED_PAUSE: Duration = Duration::from_millis(100);
+
 /// Finds the installation in `namespace`.
 ///
 /// # Errors
@@ -88,7 +91,9 @@ pub async fn all(cluster: &Cluster, settings: &Settings) -> Result<i64, Failure>
     for manifest in &manifests {
         let applied = one(&cluster.client, &manifest.object, false).await?;
         match kind(&manifest.object) {
-            "CustomResourceDefinition" => established(cluster, &applied.name_any()).await?,
+            "CustomResourceDefinition" => {
+                served(cluster, &applied.name_any(), &defined(&manifest.object)).await?;
+            }
             "Deployment" => generation = applied.meta().generation.unwrap_or_default(),
             _ => {}
         }
@@ -178,7 +183,7 @@ fn refused(error: kube::Error, object: &Value) -> Failure {
     if is_denial(&error) {
         return Failure::from(error).hint("installing takes a cluster administrator's rights");
     }
-    let unknown = matches!(&error, kube::Error::Api(status) if status.is_not_found());
+    let unknown = matches!(&error, kube::Error::Api(status) if status.code == 404);
     let name = object["metadata"]["name"].as_str().unwrap_or_default();
     let failure = Failure::from(error).within(format!("cannot apply {} {name}", kind(object)));
     if unknown && object["metadata"]["namespace"].is_null() {
@@ -188,11 +193,36 @@ fn refused(error: kube::Error, object: &Value) -> Failure {
     failure
 }
 
-async fn established(cluster: &Cluster, name: &str) -> Result<(), Failure> {
+/// The kind that a definition of ours, which has one version, defines.
+fn defined(definition: &Value) -> ApiResource {
+    let spec = &definition["spec"];
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let version = text(&spec["versions"][0]["name"]);
+    let kind = GroupVersionKind::gvk(
+        &text(&spec["group"]),
+        &version,
+        &text(&spec["names"]["kind"]),
+    );
+    ApiResource::from_gvk_with_plural(&kind, &text(&spec["names"]["plural"]))
+}
+
+/// Waits until objects of this kind can be asked for. A definition that is established has no storage yet for a moment,
+/// in which the API server answers 429.
+async fn served(cluster: &Cluster, name: &str, kind: &ApiResource) -> Result<(), Failure> {
     let definitions: Api<CustomResourceDefinition> = Api::all(cluster.client.clone());
-    let established = await_condition(definitions, name, conditions::is_crd_established());
-    match tokio::time::timeout(ESTABLISHED_WITHIN, established).await {
-        Ok(Ok(_)) => Ok(()),
+    let objects: Api<DynamicObject> = Api::all_with(cluster.client.clone(), kind);
+    let served = async {
+        await_condition(definitions, name, conditions::is_crd_established()).await?;
+        let one = ListParams::default().limit(1);
+        while let Err(kube::Error::Api(status)) = objects.list(&one).await
+            && status.code == 429
+        {
+            tokio::time::sleep(SERVED_PAUSE).await;
+        }
+        Ok::<_, kube::runtime::wait::Error>(())
+    };
+    match tokio::time::timeout(ESTABLISHED_WITHIN, served).await {
+        Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {
             Err(Failure::new(format!("cannot watch the definition {name}")).caused_by(&error))
         }
@@ -213,7 +243,7 @@ async fn without_needless_budget(cluster: &Cluster, settings: &Settings) -> Resu
         .delete(MANAGER_NAME, &DeleteParams::default())
         .await
     {
-        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         deleted => deleted.map(drop).map_err(Failure::from),
     }
 }

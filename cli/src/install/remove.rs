@@ -126,29 +126,14 @@ async fn gone_within<T>(
     }
 }
 
-/// Between two questions to an API server that is too busy to answer; the whole removal has a limit.
-const OVERLOADED_PAUSE: Duration = Duration::from_millis(200);
-
-/// Whether the API server does not know the kind. Of a whole group that is missing it says so in plain text, which
-/// [`kube::core::Status::is_not_found`] does not take for one.
-fn unknown(status: &kube::core::Status) -> bool {
-    status.code == 404
-}
-
 /// Users made them, so they have no label of ours.
 async fn intercepts(client: &Client) -> Result<Vec<Removed>, Failure> {
     let (version, kind) = (Intercept::api_version(&()), Intercept::kind(&()));
     let all: Api<Intercept> = Api::all(client.clone());
-    let found = loop {
-        match all.list(&ListParams::default()).await {
-            Ok(found) => break found.items,
-            Err(kube::Error::Api(status)) if unknown(&status) => return Ok(Vec::new()),
-            // A kind that was defined a moment ago has no storage yet.
-            Err(kube::Error::Api(status)) if status.code == 429 => {
-                tokio::time::sleep(OVERLOADED_PAUSE).await;
-            }
-            Err(error) => return Err(error.into()),
-        }
+    let found = match all.list(&ListParams::default()).await {
+        Ok(found) => found.items,
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
     };
     let objects = found.iter().map(|intercept| {
         json!({
@@ -170,7 +155,7 @@ async fn sweep(client: &Client, (version, kind): &Kind) -> Result<Vec<Removed>, 
         // Jobs of temporary managers live in any namespace; who may not see them leaves them to expire.
         Err(error) if *kind == "Job" && is_denial(&error) => return Ok(Vec::new()),
         // A kind that this API server does not know.
-        Err(kube::Error::Api(status)) if unknown(&status) => return Ok(Vec::new()),
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
     let objects = found
@@ -221,7 +206,7 @@ async fn delete(client: &Client, object: Value) -> Result<Option<Removed>, Failu
         ..DeleteParams::default()
     };
     match api.delete(name, &params).await {
-        Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(None),
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(None),
         deleted => deleted.map(drop).map_err(Failure::from)?,
     }
     let gone = await_condition(api, name, conditions::is_deleted(&uid)).await;

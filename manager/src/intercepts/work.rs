@@ -159,7 +159,7 @@ impl Controller {
             let params = PatchParams::default();
             let written = match api.patch_status(&name.1, &params, &patch).await {
                 Ok(_) => true,
-                Err(kube::Error::Api(status)) if status.is_not_found() => true,
+                Err(kube::Error::Api(status)) if status.code == 404 => true,
                 Err(error) => {
                     tracing::warn!(intercept = %name.1, error = in_short(&error), "cannot write the status");
                     tokio::time::sleep(KEPT).await;
