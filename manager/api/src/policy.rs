@@ -43,62 +43,91 @@ pub fn for_users() -> [Enforced; 2] {
     ]
 }
 
-/// The policy for Sessions. It refuses when it cannot be evaluated.
+/// The policy for Sessions.
 pub fn session_policy() -> ValidatingAdmissionPolicy {
-    serde_json::from_value(json!({
-        "metadata": { "name": SESSION_POLICY },
-        "spec": {
-            "failurePolicy": "Fail",
-            "matchConstraints": { "resourceRules": [{
-                "apiGroups": [crate::GROUP],
-                "apiVersions": ["*"],
-                "operations": ["CREATE", "UPDATE", "DELETE"],
-                "resources": [SESSIONS],
-            }]},
-            "variables": [
-                { "name": "groups", "expression": GROUPS },
-                { "name": "writes", "expression": WRITES },
-                { "name": "prolongs", "expression": PROLONGS },
-                { "name": "owners", "expression": OWNERS },
-            ],
-            "validations": [
-                rule("Forbidden", IS_WRITER, "spec.user and spec.groups must be those of the writer (kubectl auth whoami)"),
-                rule("Forbidden", KEEPS_USER, "spec.user is the owner and cannot change"),
-                rule("Invalid", KEEPS_KEY, "spec.keyHash cannot change"),
-                rule("Invalid", STARTS_BOUNDED, "spec.expiresAt must be at most one hour ahead"),
-                rule("Invalid", RENEWS_BOUNDED, "spec.expiresAt must be at most one hour ahead"),
-                rule("Forbidden", &may_delete(SESSIONS), "only its user may delete a Session, or who may `delete` `sessions/others`"),
-            ],
-        },
-    }))
-    .expect("the policy is a constant of the right shape")
+    policy(
+        SESSION_POLICY,
+        SESSIONS,
+        json!([
+            { "name": "groups", "expression": GROUPS },
+            { "name": "writes", "expression": WRITES },
+            { "name": "prolongs", "expression": PROLONGS },
+            { "name": "owners", "expression": OWNERS },
+        ]),
+        json!([
+            rule("Forbidden", IS_WRITER, WRITER_IS_USER),
+            rule(
+                "Forbidden",
+                KEEPS_USER,
+                "spec.user is the owner and cannot change"
+            ),
+            rule("Invalid", KEEPS_KEY, "spec.keyHash cannot change"),
+            rule(
+                "Invalid",
+                STARTS_BOUNDED,
+                "spec.expiresAt must be at most one hour ahead"
+            ),
+            rule(
+                "Invalid",
+                RENEWS_BOUNDED,
+                "spec.expiresAt must be at most one hour ahead"
+            ),
+            rule(
+                "Forbidden",
+                &may_delete(SESSIONS),
+                "only its user may delete a Session, or who may `delete` `sessions/others`"
+            ),
+        ]),
+    )
 }
 
-/// The policy for Intercepts. It refuses when it cannot be evaluated. What an Intercept is cannot change at all; that is a
-/// rule of its definition.
+/// The policy for Intercepts. What an Intercept is cannot change at all; that is a rule of its definition.
 pub fn intercept_policy() -> ValidatingAdmissionPolicy {
+    policy(
+        INTERCEPT_POLICY,
+        INTERCEPTS,
+        json!([
+            { "name": "groups", "expression": GROUPS },
+            { "name": "writes", "expression": WRITES },
+        ]),
+        json!([
+            rule("Forbidden", IS_WRITER, WRITER_IS_USER),
+            rule(
+                "Forbidden",
+                KEEPS_USER,
+                "spec.user is the owner and cannot change"
+            ),
+            rule(
+                "Forbidden",
+                &may_delete(INTERCEPTS),
+                "only its user may delete an Intercept, or who may `delete` `intercepts/others`"
+            ),
+        ]),
+    )
+}
+
+/// A policy about who writes one of our resources. It refuses when it cannot be evaluated.
+fn policy(
+    name: &str,
+    resource: &str,
+    variables: serde_json::Value,
+    validations: serde_json::Value,
+) -> ValidatingAdmissionPolicy {
     serde_json::from_value(json!({
-        "metadata": { "name": INTERCEPT_POLICY },
+        "metadata": { "name": name },
         "spec": {
             "failurePolicy": "Fail",
             "matchConstraints": { "resourceRules": [{
                 "apiGroups": [crate::GROUP],
                 "apiVersions": ["*"],
                 "operations": ["CREATE", "UPDATE", "DELETE"],
-                "resources": [INTERCEPTS],
+                "resources": [resource],
             }]},
-            "variables": [
-                { "name": "groups", "expression": GROUPS },
-                { "name": "writes", "expression": WRITES },
-            ],
-            "validations": [
-                rule("Forbidden", IS_WRITER, "spec.user and spec.groups must be those of the writer (kubectl auth whoami)"),
-                rule("Forbidden", KEEPS_USER, "spec.user is the owner and cannot change"),
-                rule("Forbidden", &may_delete(INTERCEPTS), "only its user may delete an Intercept, or who may `delete` `intercepts/others`"),
-            ],
+            "variables": variables,
+            "validations": validations,
         },
     }))
-    .expect("the policy is a constant of the right shape")
+    .expect("the policies are constants of the right shape")
 }
 
 /// Puts the policy of this name into force, everywhere.
@@ -125,6 +154,9 @@ const PROLONGS: &str =
 /// The field managers that own `spec.expiresAt`. Exactly one after a change: see the module's documentation.
 const OWNERS: &str = "has(object.metadata.managedFields) ? object.metadata.managedFields.filter(m, \
      has(m.time) && has(m.fieldsV1) && 'f:spec' in m.fieldsV1 && 'f:expiresAt' in m.fieldsV1['f:spec']) : []";
+
+const WRITER_IS_USER: &str =
+    "spec.user and spec.groups must be those of the writer (kubectl auth whoami)";
 
 const IS_WRITER: &str = "!variables.writes || (object.spec.user == request.userInfo.username && \
      sets.equivalent(has(object.spec.groups) ? object.spec.groups : [], variables.groups))";
