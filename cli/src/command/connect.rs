@@ -307,20 +307,11 @@ pub(super) fn rule(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::*;
     use crate::daemon::parameters::Way;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: Args,
-    }
-
     fn parse(line: &str) -> Result<Args, clap::Error> {
-        let words = std::iter::once("tp").chain(line.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.args)
+        crate::command::parse_args(line)
     }
 
     #[test]

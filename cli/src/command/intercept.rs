@@ -468,21 +468,13 @@ fn told(statuses: &[InterceptStatus], curl: Option<&[String]>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
     use tp_manager_api::Matcher;
     use tp_manager_api::matcher::{NamedText, Text};
 
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: Args,
-    }
-
     fn parse(line: &str) -> Result<Args, clap::Error> {
-        let words = std::iter::once("tp").chain(line.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.args)
+        crate::command::parse_args(line)
     }
 
     #[test]

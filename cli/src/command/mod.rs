@@ -114,6 +114,18 @@ impl CommandLine {
     }
 }
 
+/// The arguments of one command, from what stands after its name.
+#[cfg(test)]
+fn parse_args<A: clap::Args>(line: &str) -> Result<A, clap::Error> {
+    #[derive(Parser)]
+    struct Line<A: clap::Args> {
+        #[command(flatten)]
+        args: A,
+    }
+    let words = std::iter::once("tp").chain(line.split_whitespace());
+    Line::try_parse_from(words).map(|line| line.args)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -494,19 +494,10 @@ fn forwarded(text: &str) -> Result<(u16, u16), String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: Args,
-    }
-
     fn parse(line: &str) -> Result<Args, clap::Error> {
-        let words = std::iter::once("tp").chain(line.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.args)
+        crate::command::parse_args(line)
     }
 
     #[test]
