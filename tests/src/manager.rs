@@ -88,6 +88,27 @@ kind: RoleBinding
         pids.filter_map(of_pod).collect()
     }
 
+    /// The agents' processes on this machine, of the pods with these uids: a parent and a worker each.
+    pub fn agent_processes(&self, pod_uids: &str) -> Vec<u32> {
+        // The driver of systemd's groups writes them with underscores.
+        let groups: Vec<_> = pod_uids
+            .split_whitespace()
+            .flat_map(|uid| [uid.to_owned(), uid.replace('-', "_")])
+            .collect();
+        let read = |pid: u32, file: &str| {
+            fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default()
+        };
+        let entries = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+        entries
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter(|pid| read(*pid, "comm").trim() == "tp-agent")
+            .filter(|pid| {
+                let group = read(*pid, "cgroup");
+                groups.iter().any(|uid| group.contains(uid))
+            })
+            .collect()
+    }
+
     /// Says that whatever is installed now is not what other tests expect.
     pub fn forget_manager(&self) {
         let _ = fs::remove_file(self.manager_stamp());

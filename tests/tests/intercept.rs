@@ -101,6 +101,18 @@ fn user(cluster: &Cluster, name: &str, namespace: &Namespace<'_>) -> User {
     user
 }
 
+/// Arguments of `tp` by which Ada's requests to `web` lead to the program.
+fn of_ada(program: &Program) -> [&str; 6] {
+    [
+        "intercept",
+        "web",
+        "--http-header",
+        "x-user=ada",
+        "-p",
+        &program.port,
+    ]
+}
+
 /// What answers a request with this header, its answer's head included.
 #[track_caller]
 fn answer(tp: &Connection<'_>, header: &str) -> String {
@@ -143,15 +155,7 @@ fn matching_requests_reach_the_laptop_and_all_others_the_application() {
     let tp = laptop.connect(&[]);
     assert_eq!(answerer(&tp, "x-user: ada"), "app");
 
-    let run = laptop.tp(&[
-        "intercept",
-        "web",
-        "--http-header",
-        "x-user=ada",
-        "-p",
-        &program.port,
-    ]);
-    let run = run.ok();
+    let run = laptop.tp(&of_ada(&program)).ok();
 
     for _ in 0..20 {
         assert_eq!(answerer(&tp, "x-user: ada"), "laptop", "{}", run.report());
@@ -220,15 +224,7 @@ fn a_closed_local_port_lets_the_application_answer() {
     let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
     let program = Program::start(&laptop, "laptop");
     let tp = laptop.connect(&[]);
-    let intercept = [
-        "intercept",
-        "web",
-        "--http-header",
-        "x-user=ada",
-        "-p",
-        &program.port,
-    ];
-    laptop.tp(&intercept).ok();
+    laptop.tp(&of_ada(&program)).ok();
     assert_eq!(answerer(&tp, "x-user: ada"), "laptop");
 
     drop(program);
@@ -405,15 +401,7 @@ fn an_intercept_outlives_every_manager() {
     let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
     let program = Program::start(&laptop, "laptop");
     let tp = laptop.connect(&[]);
-    let intercept = [
-        "intercept",
-        "web",
-        "--http-header",
-        "x-user=ada",
-        "-p",
-        &program.port,
-    ];
-    laptop.tp(&intercept).ok();
+    laptop.tp(&of_ada(&program)).ok();
 
     cluster.kubectl(&["-n", "tp-system", "rollout", "restart", "deploy/tp-manager"]);
     cluster.kubectl(&[
@@ -443,15 +431,7 @@ fn what_a_killed_daemon_left_behind_is_taken_over() {
     let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
     let program = Program::start(&laptop, "laptop");
     let _tp = laptop.connect(&[]);
-    let intercept = [
-        "intercept",
-        "web",
-        "--http-header",
-        "x-user=ada",
-        "-p",
-        &program.port,
-    ];
-    laptop.tp(&intercept).ok();
+    laptop.tp(&of_ada(&program)).ok();
 
     let daemon = laptop.daemon().to_string();
     laptop.run("kill", &["-9", &daemon]).ok();
@@ -460,7 +440,7 @@ fn what_a_killed_daemon_left_behind_is_taken_over() {
     assert_ne!(intercepts(&namespace, &cluster), "", "nobody removed it");
     assert!(answerer(&tp, "x-user: ada").starts_with("app"));
 
-    laptop.tp(&intercept).ok();
+    laptop.tp(&of_ada(&program)).ok();
 
     assert_eq!(answerer(&tp, "x-user: ada"), "laptop");
     laptop.tp(&["quit"]).ok();

@@ -511,7 +511,8 @@ fn when_every_process_of_an_agent_is_killed_the_application_answers_and_a_new_ag
     let (name, address) = pods(&cluster, &namespace)[0].clone();
     assert_eq!(get(&cluster, &address, MINE), ANSWER);
 
-    let agents = agents_of(&cluster, &namespace.name, &name);
+    let uid = namespace.value(&format!("pod/{name}"), ".metadata.uid");
+    let agents = cluster.agent_processes(&uid);
     assert!(agents.len() >= 2, "parent and worker: {agents:?}");
     // The worker goes with its parent, so one of them may be gone already.
     let all = agents.iter().map(ToString::to_string);
@@ -533,26 +534,6 @@ fn when_every_process_of_an_agent_is_killed_the_application_answers_and_a_new_ag
     });
     eprintln!("my requests came back after {:?}", killed.elapsed());
     assert_eq!(get(&cluster, &address, "x-tp-user: eve").trim(), name);
-}
-
-/// Processes of the agents of one pod, on this machine.
-fn agents_of(cluster: &Cluster, namespace: &str, pod: &str) -> Vec<u32> {
-    let uid = cluster.value(namespace, &format!("pod/{pod}"), ".metadata.uid");
-    let uid = uid.replace('-', "_");
-    let processes = std::fs::read_dir("/proc")
-        .expect("/proc is mounted")
-        .flatten();
-    processes
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|pid| {
-            let read = |file: &str| {
-                std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default()
-            };
-            let cgroup = read("cgroup");
-            read("comm").trim() == "tp-agent"
-                && (cgroup.contains(&uid) || cgroup.contains(&uid.replace('_', "-")))
-        })
-        .collect()
 }
 
 #[test]

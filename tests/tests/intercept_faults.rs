@@ -269,13 +269,13 @@ fn an_agents_death_leaves_the_application_to_everybody() {
     let load = scene.load_across_attachments();
     scene.book.see_sent(200);
 
-    let agents = processes_of_agents(&cluster, &scene.namespace);
+    let before = agents(&cluster, &scene.namespace);
     assert!(
-        agents.len() >= 4,
-        "a parent and a worker in each pod: {agents:?}"
+        before.len() >= 4,
+        "a parent and a worker in each pod: {before:?}"
     );
     let killed = now();
-    kill_all(agents);
+    kill_all(before);
 
     let (_, took) = eventually(
         "both pods have a new agent",
@@ -291,7 +291,7 @@ fn an_agents_death_leaves_the_application_to_everybody() {
                 "-o",
                 &path,
             ]);
-            let alive = processes_of_agents(&cluster, &scene.namespace).len();
+            let alive = agents(&cluster, &scene.namespace).len();
             (status == "2 True" && alive >= 4).then_some(())
         },
     );
@@ -327,31 +327,7 @@ fn kill_all(pids: Vec<u32>) {
     let _ = Command::new("kill").arg("-KILL").args(pids).output();
 }
 
-/// Processes of all agents in the namespace's pods, on this machine.
-fn processes_of_agents(cluster: &Cluster, namespace: &Namespace<'_>) -> Vec<u32> {
-    let list = cluster.kubectl(&[
-        "-n",
-        &namespace.name,
-        "get",
-        "pods",
-        "-o",
-        "jsonpath={.items[*].metadata.uid}",
-    ]);
-    let uids: Vec<String> = list
-        .split_whitespace()
-        .flat_map(|uid| [uid.to_owned(), uid.replace('-', "_")])
-        .collect();
-    let processes = std::fs::read_dir("/proc")
-        .expect("/proc is mounted")
-        .flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let read = |pid: u32, file: &str| {
-        std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default()
-    };
-    pids.filter(|pid| read(*pid, "comm").trim() == "tp-agent")
-        .filter(|pid| {
-            let group = read(*pid, "cgroup");
-            uids.iter().any(|uid| group.contains(uid))
-        })
-        .collect()
+/// Processes of all agents in the namespace's pods.
+fn agents(cluster: &Cluster, namespace: &Namespace<'_>) -> Vec<u32> {
+    cluster.agent_processes(&namespace.value("pods", ".items[*].metadata.uid"))
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tp_tests::{Cluster, Laptop, User};
 
-/// A pod that drops what comes to port 80, and one that answers nobody's ping but is there.
+/// A pod that drops what comes to port 80.
 const FILTERED: &str = r#"
 apiVersion: v1
 kind: Pod
