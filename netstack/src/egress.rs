@@ -170,9 +170,15 @@ impl Stack {
                 &mut self.v6
             };
             let loan = flow.loan.as_mut()?;
-            loan.socket
+            let due = loan
+                .socket
                 .with_set(|set| side.interface.poll_at(time, set))
-                .map(Clock::tick_of)
+                .map(Clock::tick_of);
+            flow.probe_window(due.is_none());
+            match due {
+                None if flow.is_probing() => Some(tick),
+                due => due,
+            }
         } else {
             None
         };

@@ -293,6 +293,31 @@ impl Flow {
         }
     }
 
+    /// Asks the program for its window, once a second for as long as there are bytes to send. `stuck`: the socket has no
+    /// timer.
+    ///
+    /// smoltcp 0.14 probes a zero window unless bytes are on their way when it hears of it, as it may from an
+    /// acknowledgement that was overtaken. When those are lost, its retransmission timer ends at the closed window, and
+    /// nothing follows. A keep-alive segment is answered with the window as it is now.
+    pub(crate) fn probe_window(&mut self, stuck: bool) {
+        let waits = self.queued() > 0;
+        if stuck && waits && !self.is_probing() {
+            self.set_keep_alive(Some(smoltcp::time::Duration::from_secs(1)));
+        } else if !waits && self.is_probing() {
+            self.set_keep_alive(None);
+        }
+    }
+
+    /// Whether the program is asked for its window.
+    pub(crate) fn is_probing(&self) -> bool {
+        self.socket()
+            .is_some_and(|socket| socket.keep_alive().is_some())
+    }
+
+    fn set_keep_alive(&mut self, interval: Option<smoltcp::time::Duration>) {
+        self.with_socket(|socket| socket.set_keep_alive(interval));
+    }
+
     /// Takes note of a packet that was sent.
     pub(crate) fn after_packet(&mut self, sent: Bare) {
         let repeated = self.last.acknowledgement.is_some()

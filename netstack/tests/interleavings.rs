@@ -73,6 +73,10 @@ fn apply(world: &mut World, owner: &mut Owner, program: &mut Program, step: &Ste
                 world.stack.reset(flow.id);
                 flow.reset = true;
             }
+            // A full window puts the reset at its right edge, which RFC 9293 §3.10.7.4 calls outside, and this peer obeys
+            // where the kernels do not. Who did not hear it hears it when he speaks next.
+            let socket = world.host.socket(program.handle);
+            socket.set_keep_alive(Some(smoltcp::time::Duration::from_secs(1)));
         }
         Step::ProgramResets => {
             world.heal();

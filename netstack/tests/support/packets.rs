@@ -32,13 +32,24 @@ pub fn segment(
     acknowledgement: Option<u32>,
     payload: &[u8],
 ) -> Vec<u8> {
+    segment_with_window(control, sequence, acknowledgement, 60_000, payload)
+}
+
+/// The same with the window of the program's choice, in bytes.
+pub fn segment_with_window(
+    control: TcpControl,
+    sequence: u32,
+    acknowledgement: Option<u32>,
+    window: u16,
+    payload: &[u8],
+) -> Vec<u8> {
     let tcp = TcpRepr {
         src_port: PORT,
         dst_port: 80,
         control,
         seq_number: TcpSeqNumber(sequence as i32),
         ack_number: acknowledgement.map(|number| TcpSeqNumber(number as i32)),
-        window_len: 60_000,
+        window_len: window,
         window_scale: None,
         max_seg_size: (control == TcpControl::Syn).then_some(1460),
         sack_permitted: false,
