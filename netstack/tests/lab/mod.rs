@@ -15,13 +15,14 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use socket2::{Domain, Socket, Type};
 use tp_netstack::{Config, DeviceOffload, LONGEST_PACKET, Offload, Stack, VIRTIO_HEADER};
 
 pub mod services;
@@ -57,7 +58,11 @@ impl Default for Setup {
 #[derive(Clone)]
 pub struct Lab {
     records: Records,
+    next_port: Arc<AtomicU16>,
 }
+
+/// Below those that the kernel chooses from.
+const FIRST_PORT: u16 = 10_000;
 
 pub const V4: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7));
 pub const V6: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7));
@@ -80,6 +85,7 @@ pub fn run<R: Send + 'static>(setup: Setup, inside: impl FnOnce(&Lab) -> R + Sen
         configure(setup.mtu);
         let lab = Lab {
             records: Arc::new(Mutex::new(HashMap::new())),
+            next_port: Arc::new(AtomicU16::new(FIRST_PORT)),
         };
         let stop = Arc::new(AtomicBool::new(false));
         let driver = {
@@ -136,10 +142,21 @@ fn has_local_route() -> bool {
 }
 
 impl Lab {
+    /// Connects from a port that no other connection of this laboratory has: the kernel gives one port to several
+    /// connections with different destinations, and [`Self::record`] finds them by the port.
     pub fn connect(&self, ip: IpAddr, port: u16) -> TcpStream {
-        let stream =
-            TcpStream::connect_timeout(&SocketAddr::new(ip, port), Duration::from_secs(20))
-                .expect("connect");
+        let destination = SocketAddr::new(ip, port);
+        let socket = Socket::new(Domain::for_address(destination), Type::STREAM, None).unwrap();
+        let own: IpAddr = match ip {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let own_port = self.next_port.fetch_add(1, Ordering::Relaxed);
+        socket.bind(&SocketAddr::new(own, own_port).into()).unwrap();
+        socket
+            .connect_timeout(&destination.into(), Duration::from_secs(20))
+            .expect("connect");
+        let stream = TcpStream::from(socket);
         stream
             .set_read_timeout(Some(Duration::from_secs(120)))
             .unwrap();
