@@ -36,11 +36,11 @@ use self::workstations::Workstations;
 use self::container::Blueprint;
 use self::held::{Replica, SessionView};
 use self::link::{Agent, Link};
-use self::plan::{Plan, plan};
+use self::plan::{KEPT, Plan, plan};
 use self::seen::Seen;
 use self::work::{AGAIN, Done};
 use self::workstations::SessionUid;
-use self::world::{Held, LinkView, NotLetIn, PodUid, World};
+use self::world::{Held, LinkView, NotLetIn, PodUid, Restrictions, World};
 use crate::metrics::Metrics;
 use crate::reach::Town;
 use crate::sessions::{ObjectName, SessionTable};
@@ -115,9 +115,6 @@ const SETTLE: Duration = Duration::from_millis(5);
 /// How long a namespace is watched on after its last intercept: the next one finds everything known.
 const LINGER: Duration = Duration::from_secs(120);
 
-/// How long an answer about a workload or its NetworkPolicies stands.
-const KEPT: Duration = Duration::from_secs(2);
-
 struct Controller {
     client: Client,
     town: Arc<Town>,
@@ -133,7 +130,7 @@ struct Controller {
     attaching: BTreeSet<PodUid>,
     not_let_in: BTreeMap<PodUid, NotLetIn>,
     workloads: BTreeMap<(Arc<str>, Workload), (bool, Instant)>,
-    policies: BTreeMap<PodUid, (Vec<String>, Instant)>,
+    policies: BTreeMap<PodUid, Restrictions>,
     looking: BTreeSet<String>,
     /// Whether the user of an intercept still has the right to it, and when that was asked.
     rights: BTreeMap<String, (bool, Instant)>,
@@ -312,7 +309,9 @@ impl Controller {
         let now = Instant::now();
         let fresh = |at: &Instant| now.duration_since(*at) < KEPT;
         self.workloads.retain(|_, (_, at)| fresh(at));
-        self.policies.retain(|_, (_, at)| fresh(at));
+        // Older ones stand until they are looked for again.
+        let links = &self.links;
+        self.policies.retain(|pod, _| links.contains_key(pod));
         self.not_let_in
             .retain(|_, refused| now < refused.again + AGAIN);
         let links = self.links.iter().map(|(pod, link)| {
@@ -323,7 +322,6 @@ impl Controller {
             (Arc::clone(pod), view)
         });
         let workloads = self.workloads.iter();
-        let policies = self.policies.iter();
         plan(&World {
             held,
             scenes: &self.seen.now().scenes,
@@ -334,9 +332,7 @@ impl Controller {
             workloads: &workloads
                 .map(|(place, (there, _))| (place.clone(), *there))
                 .collect(),
-            policies: &policies
-                .map(|(pod, (names, _))| (Arc::clone(pod), names.clone()))
-                .collect(),
+            policies: &self.policies,
             own_namespace: &self.namespace,
             now,
         })

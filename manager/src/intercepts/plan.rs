@@ -194,6 +194,9 @@ fn link_state<'a>(world: &World<'a>, pod: &PodFacts) -> Option<&'a LinkState> {
 /// How long an agent may be silent before that is said.
 const PATIENCE: Duration = Duration::from_millis(2500);
 
+/// How long an answer about a workload or its NetworkPolicies stands.
+pub(super) const KEPT: Duration = Duration::from_secs(2);
+
 /// How long it may refuse: one that has ended does so until its node says that it has.
 const RESTARTING: Duration = Duration::from_secs(8);
 
@@ -254,13 +257,18 @@ fn out_of_reach(
 ) -> Problem {
     let why = match trouble {
         Trouble::Silent => {
-            let known = world.policies.get(&pod.uid);
-            if known.is_none() {
+            let policies = world.policies.get(&pod.uid);
+            if policies.is_none_or(|policies| world.now >= policies.seen + KEPT) {
                 let (namespace, uid) = (Arc::clone(&held.name.0), Arc::clone(&pod.uid));
                 plan.look_at.push((namespace, uid, pod.labels.clone()));
             }
-            let policies = known.map_or(&[][..], Vec::as_slice);
-            return Problem::unreachable(world.own_namespace, policies);
+            return match policies {
+                Some(policies) => Problem::unreachable(world.own_namespace, &policies.names),
+                None => {
+                    let what = format!("pod {}: its agent does not answer", pod.name);
+                    Problem::passing(Reason::Attaching, what)
+                }
+            };
         }
         Trouble::Refused => format!("nothing listens on port {AGENT_PORT}"),
         Trouble::Other(why) => format!("port {AGENT_PORT}: {why}"),

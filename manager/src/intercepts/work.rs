@@ -18,7 +18,7 @@ use tp_manager_api::intercept::{InterceptStatus, Workload, WorkloadKind};
 use super::held::Replica;
 use super::plan::Attach;
 use super::problem::{self, Problem};
-use super::world::{Held, NotLetIn, PodUid};
+use super::world::{Held, NotLetIn, PodUid, Restrictions};
 use super::{Controller, KEPT};
 use crate::cluster::in_short;
 use crate::dial::rights::Right;
@@ -238,7 +238,8 @@ impl Controller {
             }
             Ok(Done::Policies(pod, names)) => {
                 self.looking.remove(&*pod);
-                self.policies.insert(pod, (names, Instant::now()));
+                let seen = Instant::now();
+                self.policies.insert(pod, Restrictions { names, seen });
             }
             Ok(Done::Right(id, allowed)) => {
                 self.looking.remove(&id);

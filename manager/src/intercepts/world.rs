@@ -133,6 +133,15 @@ pub(super) struct NotLetIn {
     pub(super) again: Instant,
 }
 
+/// NetworkPolicies that select a pod and restrict what comes in.
+#[derive(Clone, Debug)]
+pub(super) struct Restrictions {
+    /// Their names.
+    pub(super) names: Vec<String>,
+    /// When they were looked for.
+    pub(super) seen: Instant,
+}
+
 /// All that a plan is made of.
 pub(super) struct World<'a> {
     /// What this replica serves.
@@ -149,8 +158,8 @@ pub(super) struct World<'a> {
     pub(super) not_let_in: &'a BTreeMap<PodUid, NotLetIn>,
     /// Workloads that were looked for, and whether they exist.
     pub(super) workloads: &'a BTreeMap<(Arc<str>, Workload), bool>,
-    /// NetworkPolicies that may be what keeps us from a pod.
-    pub(super) policies: &'a BTreeMap<PodUid, Vec<String>>,
+    /// What may be keeping us from a pod, for those that were looked at.
+    pub(super) policies: &'a BTreeMap<PodUid, Restrictions>,
     /// Namespace of the manager.
     pub(super) own_namespace: &'a str,
     /// Now.
