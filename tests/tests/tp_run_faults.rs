@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use tp_tests::laptop::binary;
 use tp_tests::process::{LIMIT, tool};
 use tp_tests::{Cluster, Laptop, Link, Namespace, User, eventually};
 
@@ -243,4 +244,117 @@ fn starting_takes_a_moment() {
     );
     // The goal is 60 ms on an idle machine; this one may be busy with other tests.
     assert!(took[4] < Duration::from_millis(500), "{took:?}");
+}
+
+/// Opens more connections than `tp` has descriptors for, in several processes, which have no more either; `SERVER` echoes,
+/// outside of the cluster.
+const TOO_MANY: &str = r#"
+def echoes(s, text):
+    s.sendall(text)
+    return s.recv(len(text), socket.MSG_WAITALL) == text
+
+def hundred(orders, answers):
+    alive, failed = [], set()
+    for number in range(100):
+        begun = time.time()
+        try:
+            s = tcp(*SERVER)
+            assert echoes(s, b"%03d" % number)
+            alive.append(s)
+        except OSError as error:
+            failed.add(errno.errorcode[error.errno])
+            assert time.time() - begun < 1, error
+    os.write(answers, " ".join([str(len(alive)), *failed]).encode())
+    os.read(orders, 1)
+    assert all(echoes(s, b"still there") for s in alive)
+    os.write(answers, b"same")
+    os.read(orders, 1)
+
+class Process:
+    def __init__(self):
+        orders, self.orders = os.pipe()
+        self.answers, answers = os.pipe()
+        self.id = os.fork()
+        if self.id == 0:
+            try:
+                hundred(orders, answers)
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os.close(answers)
+
+    def hear(self):
+        return os.read(self.answers, 100).decode()
+
+    def order(self):
+        os.write(self.orders, b"x")
+
+alive, failed, processes = 0, set(), []
+for _ in range(4):
+    processes.append(Process())
+    count, *errors = processes[-1].hear().split()
+    alive += int(count)
+    failed.update(errors)
+assert 50 < alive < 256, alive
+say(*failed)
+for process in processes:
+    process.order()
+    assert process.hear() == "same"
+assert echoes(flow, b"still there")
+say("old ones go on")
+for process in processes:
+    process.order()
+    assert os.waitpid(process.id, 0)[1] == 0
+def again():
+    try:
+        return echoes(tcp(*SERVER), b"new")
+    except OSError:
+        return False
+wait("a free descriptor", again)
+say("new ones work again")
+"#;
+
+const ECHO_SERVER: &str = r#"
+import asyncio
+async def echo(reader, writer):
+    while data := await reader.read(65536):
+        writer.write(data)
+    writer.close()
+async def main():
+    server = await asyncio.start_server(echo, "10.99.0.2", 0)
+    open("port.new", "w").write(str(server.sockets[0].getsockname()[1]))
+    import os
+    os.rename("port.new", "port")
+    await server.serve_forever()
+asyncio.run(main())
+"#;
+
+#[test]
+fn without_a_free_descriptor_new_connections_are_refused_and_old_ones_go_on() {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let (_namespace, laptop) = with_probe(&cluster);
+    let mut server = laptop
+        .command(
+            "prlimit",
+            &["--nofile=1024:1024", "python3", "-c", ECHO_SERVER],
+        )
+        .spawn()
+        .expect("python3 starts");
+    let port = eventually("the server's port", LIMIT, || {
+        std::fs::read_to_string(laptop.path("home/port")).ok()
+    });
+    let script = TOO_MANY.replace("SERVER", &format!("(\"10.99.0.2\", {})", port.0));
+    laptop.write_file("home/many.py", &format!("{HEAD}{script}"));
+
+    let tp = binary("tp");
+    let few = ["--nofile=256:256", &tp, "run", "--", "python3", "many.py"];
+    let run = laptop.run("prlimit", &few);
+    server.kill().expect("it is our child");
+    server.wait().expect("it is our child");
+
+    let out = run.ok().out();
+    assert_eq!(out, "EHOSTUNREACH\nold ones go on\nnew ones work again\n");
 }
