@@ -15,12 +15,12 @@ use http::{Method, StatusCode};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use tp_tunnel::carrier::tls::connect_tls;
 use tp_tunnel::{Identity, Settings, Tunnel};
 
-/// Each test wants the machine: the agent drops a manager that is silent for three seconds.
+/// Each test wants the machine.
 static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// What traffic may add: 48 MiB less the 10 that the shipped program takes at rest (`benches/beside_nginx.rs`). This one has
@@ -33,8 +33,7 @@ struct Process {
     /// Its memory before any traffic, in bytes.
     at_rest: usize,
     addresses: Vec<SocketAddr>,
-    _tunnel: Tunnel,
-    _tasks: JoinSet<()>,
+    _manager: JoinSet<()>,
 }
 
 impl Drop for Process {
@@ -59,54 +58,27 @@ impl Process {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let tcp = soon(async {
-            loop {
-                match TcpStream::connect(control).await {
-                    Ok(tcp) => return tcp,
-                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-                }
-            }
-        })
-        .await;
-        let pinned = Identity::from_seed(SEED).unwrap().key_hash();
-        tp_tunnel::carrier::tune(&tcp).unwrap();
-        let tls = connect_tls(tcp, &manager, &pinned).await.unwrap();
-        let settings = Settings {
-            ping_interval: Duration::from_secs(1),
-            ..Settings::default()
-        };
-        let (tunnel, driver) = Tunnel::establish_with(tls, settings).await.unwrap();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move { drop(driver.await) });
-        for _ in 0..16 {
-            tasks.spawn(workstation(tunnel.clone(), local));
-        }
         let ports = pairs().map(|(address, app)| {
             json!({"listen": address.port(), "app": app.port(), "intercepts": ada(false)})
         });
-        let table = json!({"ports": ports.collect::<Vec<_>>()});
-        let body = bytes::Bytes::from(table.to_string());
-        let pushed = tunnel.clone();
-        let answer = pushed.control(Method::PUT, "/v1/routes", body.clone());
-        assert_eq!(answer.await.unwrap().status(), StatusCode::NO_CONTENT);
-        tasks.spawn(async move {
-            // The lease ends after 15 s.
-            loop {
-                tokio::time::sleep(Duration::from_secs(4)).await;
-                drop(
-                    pushed
-                        .control(Method::PUT, "/v1/routes", body.clone())
-                        .await,
-                );
-            }
-        });
+        let table = json!({"ports": ports.collect::<Vec<_>>()}).to_string();
+        let (routed_tx, mut routed_rx) = mpsc::channel(1);
+        let manager = Manager {
+            control,
+            identity: manager,
+            table: table.into(),
+            local,
+            routed_tx,
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(manager.run());
+        soon(routed_rx.recv()).await.unwrap();
         let at_rest = peak(&child);
         Self {
             child,
             at_rest,
             addresses: addresses.to_vec(),
-            _tunnel: tunnel,
-            _tasks: tasks,
+            _manager: tasks,
         }
     }
 
@@ -123,6 +95,59 @@ impl Process {
     /// The most memory that it ever had beside what it has at rest, in bytes.
     fn held(&self) -> usize {
         peak(&self.child) - self.at_rest
+    }
+}
+
+/// What the agent has for a manager. Like a real one it connects again: on a busy machine its heartbeat is late at times,
+/// and the agent drops a manager that is silent for three seconds.
+struct Manager {
+    control: SocketAddr,
+    identity: Identity,
+    table: Bytes,
+    local: SocketAddr,
+    /// Hears each time that the agent has taken the routes.
+    routed_tx: mpsc::Sender<()>,
+}
+
+impl Manager {
+    async fn run(self) {
+        loop {
+            // Why it ended is the next one's to find.
+            let _ = self.serve().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// One connection, to its end.
+    async fn serve(&self) -> std::io::Result<()> {
+        let tcp = TcpStream::connect(self.control).await?;
+        tp_tunnel::carrier::tune(&tcp)?;
+        let pinned = Identity::from_seed(SEED).unwrap().key_hash();
+        let tls = connect_tls(tcp, &self.identity, &pinned)
+            .await
+            .map_err(std::io::Error::other)?;
+        let settings = Settings {
+            ping_interval: Duration::from_secs(1),
+            ..Settings::default()
+        };
+        let established = Tunnel::establish_with(tls, settings).await;
+        let (tunnel, driver) = established.map_err(std::io::Error::other)?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(driver.await) });
+        for _ in 0..16 {
+            tasks.spawn(workstation(tunnel.clone(), self.local));
+        }
+        loop {
+            let answer = tunnel.control(Method::PUT, "/v1/routes", self.table.clone());
+            let answer = answer.await.map_err(std::io::Error::other)?;
+            assert_eq!(answer.status(), StatusCode::NO_CONTENT);
+            let _ = self.routed_tx.try_send(());
+            // The lease ends after 15 s.
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_secs(4)) => {}
+                () = tunnel.closed() => return Ok(()),
+            }
+        }
     }
 }
 
