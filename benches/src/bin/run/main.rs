@@ -11,15 +11,14 @@
 mod agent;
 mod lab;
 mod path;
-mod table;
 
 use std::net::SocketAddr;
 
 use anyhow::bail;
 use lab::Lab;
 use path::{Device, Path};
-use table::{Table, Value};
 use tp_benches::load::Direction;
+use tp_benches::table::{self, Table, Value};
 
 use crate::agent::Request;
 
@@ -49,7 +48,13 @@ fn inside(wanted: &[String]) -> anyhow::Result<()> {
         bail!("`{unknown}` is not one of the questions");
     }
     let lab = Lab::new()?;
-    table::print_machine();
+    table::print_machine(&[
+        &["slirp4netns", "--version"],
+        // pasta of Debian 12 does not know its own version.
+        &["dpkg-query", "-W", "-f=passt ${Version}", "passt"],
+        &["sshuttle", "--version"],
+        &["ssh", "-V"],
+    ]);
     for (name, ask) in QUESTIONS {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
             ask(&lab)?;
@@ -162,7 +167,7 @@ fn connect(paths: &mut [Path], at_once: &[u64], table: &mut Table) -> anyhow::Re
         for _ in 0..rounds() {
             for path in &mut *paths {
                 let rate = told(path.connections(at_once));
-                table.add(&format!("{at_once} at a time"), path.name, rate);
+                table.add(format!("{at_once} at a time"), path.name, rate);
             }
         }
     }
@@ -199,11 +204,11 @@ fn memory(lab: &Lab) -> anyhow::Result<()> {
             for (name, device) in [(TUN, Device::Tun), (VETH, Device::Veth)] {
                 let path = Path::run(lab, name, device, LARGE)?;
                 let memory = told(path.idle_memory(flows));
-                table.add(&format!("{flows} flows"), name, memory);
+                table.add(format!("{flows} flows"), name, memory);
             }
             let path = Path::slirp4netns(lab, SLIRP, LARGE)?;
             let memory = told(path.idle_memory(flows));
-            table.add(&format!("{flows} flows"), SLIRP, memory);
+            table.add(format!("{flows} flows"), SLIRP, memory);
         }
     }
     table.print();

@@ -6,15 +6,14 @@
 //! compared paths alternate, so that a busy machine slows all of them alike.
 
 mod ends;
-mod table;
 
 use std::time::Duration;
 
 use ends::{Carrier, Path};
-use table::Table;
 use tp_benches::load::{self, Direction};
 use tp_benches::process::{Running, free_address};
 use tp_benches::ssh;
+use tp_benches::table::{self, Table, Value};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -37,7 +36,7 @@ fn main() -> anyhow::Result<()> {
     }
     let wanted =
         |name: &str| arguments.is_empty() || arguments.iter().any(|argument| argument == name);
-    table::print_machine();
+    table::print_machine(&[&["ssh", "-V"]]);
     if wanted("loopback") {
         loopback()?;
     }
@@ -63,7 +62,7 @@ fn loopback() -> anyhow::Result<()> {
     let tls = Path::tunnel(&direct, Carrier::Tls)?;
     let mut table = Table::new(
         "B11 tunnel / loopback, 1 flow, MB/s (target >= 0.20 plain)",
-        "loopback",
+        Value::Ratio(&["loopback"]),
     );
     for direction in [Direction::Up, Direction::Down] {
         for _ in 0..rounds() {
@@ -98,7 +97,7 @@ fn ssh_forward() -> anyhow::Result<()> {
     let tls = Path::tunnel(&direct, Carrier::Tls)?;
     for flows in [1, 8] {
         let title = format!("B12 tunnel with TLS / ssh -L, {flows} flow(s), MB/s (target >= 2)");
-        let mut table = Table::new(&title, "ssh -L");
+        let mut table = Table::new(&title, Value::Ratio(&["ssh -L"]));
         for direction in [Direction::Up, Direction::Down] {
             for _ in 0..rounds() {
                 table.add(
@@ -117,7 +116,7 @@ fn ssh_forward() -> anyhow::Result<()> {
     }
     let mut table = Table::new(
         "new connection to first echoed byte and 1-byte round trip, us p50",
-        "ssh -L",
+        Value::Ratio(&["ssh -L"]),
     );
     for _ in 0..rounds() {
         for (name, address) in [("ssh -L", ssh.address), ("h2 + TLS", tls.address)] {
@@ -140,7 +139,7 @@ fn streams() -> anyhow::Result<()> {
     let plain = Path::tunnel(&direct, Carrier::Plain)?;
     for (name, path) in [("h2 plain", &plain), ("h2 + TLS", &tls)] {
         let title = format!("B16 {name}: 64 flows / 1 flow, aggregate MB/s (target >= 0.8)");
-        let mut table = Table::new(&title, "1 flow");
+        let mut table = Table::new(&title, Value::Ratio(&["1 flow"]));
         for direction in [Direction::Up, Direction::Down] {
             for _ in 0..rounds() {
                 table.add(
@@ -176,7 +175,7 @@ fn stalled() -> anyhow::Result<()> {
     let tls = Path::tunnel(&direct, Carrier::Tls)?;
     let mut table = Table::new(
         "B17 1-byte round trip beside a full and a stalled flow, us (target p99 <= 5000)",
-        "idle p99",
+        Value::Ratio(&["idle p99"]),
     );
     for direction in [Direction::Up, Direction::Down] {
         for _ in 0..rounds() {
@@ -205,7 +204,7 @@ fn idle() -> anyhow::Result<()> {
     let direct = Path::direct()?;
     let mut table = Table::new(
         "memory of one idle flow among 4,000, bytes (target entry <= 12288, exit <= 20480)",
-        "entry",
+        Value::Ratio(&["entry"]),
     );
     for _ in 0..3 {
         let tls = Path::tunnel(&direct, Carrier::Tls)?;

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::process::Command;
 
 /// What stands beside the figures.
-#[derive(Clone, Copy)]
-pub(crate) enum Value {
+#[derive(Clone, Copy, Debug)]
+pub enum Value {
+    /// Nothing.
     Plain,
     /// The ratio to each of these rows.
     Ratio(&'static [&'static str]),
@@ -14,7 +15,8 @@ pub(crate) enum Value {
 }
 
 /// One question's rounds. Groups and rows keep the order in which they first came.
-pub(crate) struct Table {
+#[derive(Debug)]
+pub struct Table {
     title: String,
     value: Value,
     order: Vec<(String, &'static str)>,
@@ -22,7 +24,8 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub(crate) fn new(title: &str, value: Value) -> Self {
+    /// Without a row yet.
+    pub fn new(title: &str, value: Value) -> Self {
         Self {
             title: title.to_owned(),
             value,
@@ -32,16 +35,17 @@ impl Table {
     }
 
     /// One round's figure of one row; `None` if the tool failed in it.
-    pub(crate) fn add(&mut self, group: &str, row: &'static str, value: Option<f64>) {
-        let key = (group.to_owned(), row);
+    pub fn add(&mut self, group: impl ToString, row: &'static str, value: impl Into<Option<f64>>) {
+        let key = (group.to_string(), row);
         if !self.rounds.contains_key(&key) {
             self.order.push(key.clone());
         }
-        self.rounds.entry(key).or_default().push(value);
+        self.rounds.entry(key).or_default().push(value.into());
     }
 
+    /// Writes it to standard output.
     #[expect(clippy::print_stdout, reason = "the table is the program's data")]
-    pub(crate) fn print(&self) {
+    pub fn print(&self) {
         println!("\n{}", self.title);
         let mut header = format!(
             "  {:<14}{:<20}{:>6}{:>32}",
@@ -113,22 +117,20 @@ fn spread(mut values: Vec<f64>) -> String {
     format!("{median:.digits$} [{least:.digits$}, {most:.digits$}]")
 }
 
-/// What the figures belong to.
+/// Writes what the figures belong to: the machine, and what each of the commands says of itself.
 #[expect(clippy::print_stdout, reason = "the table is the program's data")]
-pub(crate) fn print_machine() {
+pub fn print_machine(versions: &[&[&str]]) {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    println!("{}, {cores} cores", first_line("uname", &["-sr"]));
-    println!("{}", first_line("slirp4netns", &["--version"]));
-    // pasta of Debian 12 does not know its own version.
-    println!(
-        "passt {}",
-        first_line("dpkg-query", &["-W", "-f=${Version}", "passt"])
-    );
-    println!("sshuttle {}", first_line("sshuttle", &["--version"]));
-    println!("{}", first_line("ssh", &["-V"]));
+    println!("{}, {cores} cores", first_line(&["uname", "-sr"]));
+    for command in versions {
+        println!("{}", first_line(command));
+    }
 }
 
-fn first_line(program: &str, arguments: &[&str]) -> String {
+fn first_line(command: &[&str]) -> String {
+    let [program, arguments @ ..] = command else {
+        return String::new();
+    };
     let Ok(output) = Command::new(program).args(arguments).output() else {
         return format!("{program} is not installed");
     };
