@@ -10,9 +10,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use tp_manager_api::route_table::{PortRoutes, Route, RouteTable, merge};
+use tp_manager_api::tls::Credential;
 
 /// Names the connection that pushed a table.
 pub type ConnectionId = u64;
+
+/// By their ids.
+pub type Credentials = BTreeMap<String, Credential>;
 
 /// All tables. `W` is where matched requests of a connection's intercepts go.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ struct Inner<W> {
 #[derive(Debug)]
 struct Pushed<W> {
     table: RouteTable,
+    /// Those that the table names, and no others.
+    credentials: Credentials,
     workstation: W,
     until: Instant,
     ended: bool,
@@ -51,6 +57,8 @@ pub struct Live<W> {
     pub route: Route,
     /// Where its requests go.
     pub workstation: W,
+    /// What opens TLS for it.
+    pub tls: Option<Credential>,
 }
 
 impl<W: Clone> Book<W> {
@@ -66,8 +74,14 @@ impl<W: Clone> Book<W> {
         }
     }
 
-    /// Replaces what this connection pushed before, and begins its lease anew.
-    pub fn push(&self, connection: ConnectionId, table: RouteTable, workstation: W, now: Instant) {
+    /// Replaces what this connection pushed before, and begins its lease anew. `credentials` are those that the table names.
+    pub fn push(
+        &self,
+        connection: ConnectionId,
+        (table, credentials): (RouteTable, Credentials),
+        workstation: W,
+        now: Instant,
+    ) {
         let until = now + self.lease;
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         match inner.pushed.get_mut(&connection) {
@@ -75,6 +89,7 @@ impl<W: Clone> Book<W> {
             Some(_) | None => {
                 let pushed = Pushed {
                     table,
+                    credentials,
                     workstation,
                     until,
                     ended: false,
@@ -142,7 +157,13 @@ impl<W: Clone> Inner<W> {
         for route in port.intercepts {
             if let Some(pushed) = self.pushed_by(&route.id) {
                 let workstation = pushed.workstation.clone();
-                let live = Live { route, workstation };
+                let tls = route.tls.as_ref();
+                let tls = tls.and_then(|id| pushed.credentials.get(id).cloned());
+                let live = Live {
+                    route,
+                    workstation,
+                    tls,
+                };
                 match pushed.ended {
                     true => ended.push(live),
                     false => intercepts.push(live),
@@ -172,7 +193,7 @@ impl<W: Clone> Inner<W> {
 mod tests {
     use super::*;
 
-    fn table(ids: &[&str]) -> RouteTable {
+    fn table(ids: &[&str]) -> (RouteTable, Credentials) {
         let intercepts = ids
             .iter()
             .map(|id| Route {
@@ -180,6 +201,7 @@ mod tests {
                 created: 1,
                 matchers: Default::default(),
                 strict: false,
+                tls: None,
             })
             .collect();
         let port = PortRoutes {
@@ -187,7 +209,8 @@ mod tests {
             app: 8080,
             intercepts,
         };
-        RouteTable { ports: vec![port] }
+        let table = RouteTable { ports: vec![port] };
+        (table, Credentials::new())
     }
 
     fn found(book: &Book<&'static str>) -> Vec<(String, &'static str)> {

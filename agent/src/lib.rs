@@ -22,6 +22,9 @@
 //!    - 204: new connections to these ports come to the agent from now on, and requests go by this table;
 //!    - 400: the table is refused, and the one before stays; the body says why, in one line;
 //!    - 503: the table is taken, but the kernel does not redirect the ports yet. Push again.
+//!
+//!    What a route's `tls` names is PUT to [`tp_manager_api::tls::CREDENTIALS_PATH`] before, and forgotten with the first table that
+//!    does not name it; `GET` [`tp_manager_api::tls::FINDINGS_PATH`] says whether the applications show those keys.
 //! 5. `GET` [`workstation::HEALTH_PATH`] answers `{"version": "…", "ports": […]}`: the ports that have intercepts, of all replicas.
 //! 6. `GET` and `DELETE` [`tp_manager_api::route_table::CONNECTIONS_PATH`] count, and close, what the application had open before.
 //! 7. SIGTERM removes the rule, ends idle connections, lets the others finish for up to 20 s, and ends the agent.
@@ -34,6 +37,7 @@ pub mod heartbeat;
 pub mod parent;
 pub mod redirect;
 pub mod route;
+mod socket;
 pub mod upstream;
 pub mod worker;
 pub mod workstation;

@@ -12,8 +12,9 @@ use bytes::{BufMut, BytesMut};
 use futures::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tp_tunnel::{Flow, FlowReader, FlowWriter};
+
+use crate::socket::{Socket, SocketReader, SocketWriter};
 
 /// Bytes read at a time.
 pub(crate) const READ: usize = 16 * 1024;
@@ -30,19 +31,19 @@ pub struct Upstream {
 /// The receiving direction.
 #[derive(Debug)]
 pub(crate) enum Reader {
-    App(OwnedReadHalf),
+    App(SocketReader),
     Workstation(FlowReader),
 }
 
 /// The sending direction.
 #[derive(Debug)]
 pub(crate) enum Writer {
-    App(OwnedWriteHalf),
+    App(SocketWriter),
     Workstation(FlowWriter),
 }
 
 /// A connection to the application that is up or coming up.
-pub(crate) type Dialing = BoxFuture<'static, io::Result<TcpStream>>;
+pub(crate) type Dialing = BoxFuture<'static, io::Result<Socket>>;
 
 /// Connects to the application, at the pod's own address.
 pub(crate) async fn dial(app: SocketAddr) -> io::Result<TcpStream> {
@@ -52,8 +53,8 @@ pub(crate) async fn dial(app: SocketAddr) -> io::Result<TcpStream> {
 }
 
 impl Upstream {
-    pub(crate) fn app(tcp: TcpStream) -> Self {
-        let (rx, tx) = tcp.into_split();
+    pub(crate) fn app(socket: Socket) -> Self {
+        let (rx, tx) = socket.into_split();
         Self {
             rx: Reader::App(rx),
             tx: Writer::App(tx),
@@ -94,10 +95,7 @@ impl Upstream {
             return false;
         }
         match &mut self.rx {
-            Reader::App(rx) => {
-                let mut byte = [0];
-                matches!(rx.try_read(&mut byte), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
-            }
+            Reader::App(rx) => rx.is_idle(),
             Reader::Workstation(rx) => {
                 let (mut byte, mut cx) =
                     ([0], Context::from_waker(futures::task::noop_waker_ref()));
@@ -109,28 +107,24 @@ impl Upstream {
     }
 }
 
-/// Waits for bytes and appends at most [`READ`]; 0 is the end. Cancel safe, and an idle connection owns no buffer.
-pub(crate) async fn fill(rx: &OwnedReadHalf, buf: &mut BytesMut) -> io::Result<usize> {
-    loop {
-        rx.readable().await?;
-        buf.reserve(READ);
-        match rx.try_read_buf(&mut (&mut *buf).limit(READ)) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            read => return read,
-        }
-    }
-}
-
 impl Reader {
-    /// As [`fill`].
+    /// As [`SocketReader::fill`].
     pub(crate) async fn fill(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         match self {
-            Self::App(rx) => fill(rx, buf).await,
+            Self::App(rx) => rx.fill(buf).await,
             Self::Workstation(rx) => {
                 use tokio::io::AsyncReadExt;
                 buf.reserve(READ);
                 rx.read_buf(&mut buf.limit(READ)).await
             }
+        }
+    }
+
+    /// Resolves when an idle connection has ended, or said something nobody asked for; what it said is lost. Cancel safe.
+    pub(crate) async fn stirred(&mut self) {
+        match self {
+            Self::App(rx) => rx.stirred().await,
+            Self::Workstation(_) => drop(self.fill(&mut BytesMut::new()).await),
         }
     }
 
@@ -154,7 +148,7 @@ impl Writer {
 
     pub(crate) async fn finish(&mut self) -> io::Result<()> {
         match self {
-            Self::App(tx) => tx.shutdown().await,
+            Self::App(tx) => tx.finish().await,
             Self::Workstation(tx) => tx.shutdown().await,
         }
     }

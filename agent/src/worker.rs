@@ -205,22 +205,14 @@ fn place(
 ) -> io::Result<Place> {
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     match destination {
-        Destination::App(app) => Ok(Place {
-            peer,
-            listen: tcp.local_addr()?.port(),
-            app,
-        }),
+        Destination::App(app) => Ok(Place::new(peer, tcp.local_addr()?.port(), app)),
         Destination::Redirected => {
             let app = original_destination(tcp)?;
             // Nobody redirected it: to dial it would be to dial ourselves, for ever.
             if own.is_none_or(|own| own.port() == app.port()) {
                 return Err(io::Error::other("it was not redirected"));
             }
-            Ok(Place {
-                peer,
-                listen: app.port(),
-                app,
-            })
+            Ok(Place::new(peer, app.port(), app))
         }
     }
 }

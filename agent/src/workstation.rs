@@ -2,9 +2,11 @@
 //!
 //! The agent is the serving side of a tunnel. It reaches nothing for the manager: every request to dial is refused.
 
+use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,14 +15,16 @@ use http::{Method, Request, Response, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
 use tp_manager_api::RouteTable;
 use tp_manager_api::route_table::{CONNECTIONS_PATH, ROUTES_PATH};
+use tp_manager_api::tls::{CREDENTIALS_PATH, Credential, FINDINGS_PATH};
 use tp_tunnel::carrier::tls::accept_tls;
 use tp_tunnel::server::serve_with;
 use tp_tunnel::{
     DialError, DialErrorKind, Dialed, Identity, KeyHash, Service, Settings, Target, Workstation,
 };
 
+use crate::book::Credentials;
 use crate::bypass;
-use crate::front::Shared;
+use crate::front::{Shared, tls};
 use crate::heartbeat::PATIENCE;
 
 /// Path of the probe: `{"version", "ports"}` as the agent sees them.
@@ -52,6 +56,10 @@ pub async fn serve(
     if let Err(error) = tp_tunnel::carrier::tune(&tcp) {
         tracing::debug!(%error, "cannot set socket options");
     }
+    let own = match tcp.local_addr() {
+        Ok(own) => own.ip().to_canonical(),
+        Err(_) => return,
+    };
     let (stream, key) = match accept_tls(tcp, identity).await {
         Ok(accepted) => accepted,
         Err(error) => {
@@ -64,8 +72,10 @@ pub async fn serve(
         return;
     }
     let service = Arc::new(Agent {
+        own,
         connection: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
         workstation: OnceLock::new(),
+        credentials: Mutex::default(),
         shared,
     });
     tracing::info!(connection = service.connection, "manager connected");
@@ -80,8 +90,15 @@ struct Agent {
     connection: u64,
     /// Where its intercepts' requests go.
     workstation: OnceLock<Workstation>,
+    /// What its next table may name.
+    credentials: Mutex<Credentials>,
+    /// Where the manager found this pod.
+    own: IpAddr,
     shared: Arc<Shared>,
 }
+
+/// Credentials that one connection may have given.
+const CREDENTIALS_MAX: usize = 64;
 
 impl Agent {
     async fn put_routes(&self, body: &[u8]) -> Response<Bytes> {
@@ -134,14 +151,54 @@ impl Agent {
         table.check().map_err(|error| error.to_string())?;
         let workstation = self.workstation.get().cloned();
         let workstation = workstation.ok_or("not connected yet")?;
+        let credentials = self.named_by(&table)?;
         let wanted = table
             .ports
             .iter()
             .filter(|port| !port.intercepts.is_empty());
         let ports = wanted.map(|port| port.listen).collect();
         let book = &self.shared.book;
-        book.push(self.connection, table, workstation, Instant::now());
+        let pushed = (table, credentials);
+        book.push(self.connection, pushed, workstation, Instant::now());
         Ok(ports)
+    }
+
+    /// The credentials of a table; all others are forgotten.
+    fn named_by(&self, table: &RouteTable) -> Result<Credentials, String> {
+        let routes = table.ports.iter().flat_map(|port| &port.intercepts);
+        let named: BTreeSet<_> = routes.filter_map(|route| route.tls.as_ref()).collect();
+        let mut credentials = self.credentials();
+        if let Some(id) = named.iter().find(|id| !credentials.contains_key(**id)) {
+            return Err(format!("credential {id} was not given"));
+        }
+        credentials.retain(|id, _| named.contains(id));
+        Ok(credentials.clone())
+    }
+
+    fn put_credential(&self, body: &[u8]) -> Response<Bytes> {
+        // What serde says of it could show a part of it.
+        let Ok(credential) = serde_json::from_slice::<Credential>(body) else {
+            return status(StatusCode::BAD_REQUEST, "it is no credential".into());
+        };
+        let mut credentials = self.credentials();
+        if credentials.len() >= CREDENTIALS_MAX {
+            return status(StatusCode::BAD_REQUEST, "there are too many".into());
+        }
+        credentials.insert(credential.id().to_owned(), credential);
+        status(StatusCode::NO_CONTENT, Bytes::new())
+    }
+
+    fn credentials(&self) -> MutexGuard<'_, Credentials> {
+        let credentials = self.credentials.lock();
+        credentials.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is wrong with the applications whose TLS this connection's intercepts are about.
+    async fn findings(&self) -> Response<Bytes> {
+        let ports = self.shared.book.ports_of(self.connection);
+        let findings = tls::findings(&self.shared, self.own, ports).await;
+        let body = serde_json::to_vec(&findings).unwrap_or_default();
+        status(StatusCode::OK, body.into())
     }
 
     async fn answer(&self, request: &Request<Bytes>) -> Response<Bytes> {
@@ -154,11 +211,14 @@ impl Agent {
                 });
                 status(StatusCode::OK, health.to_string().into())
             }
+            (CREDENTIALS_PATH, &Method::PUT) => self.put_credential(request.body()),
+            (FINDINGS_PATH, &Method::GET) => self.findings().await,
             (CONNECTIONS_PATH, &Method::GET) => self.connections().await,
             (CONNECTIONS_PATH, &Method::DELETE) => self.close_idle().await,
-            (ROUTES_PATH | HEALTH_PATH | CONNECTIONS_PATH, _) => {
-                status(StatusCode::METHOD_NOT_ALLOWED, Bytes::new())
-            }
+            (
+                ROUTES_PATH | HEALTH_PATH | CREDENTIALS_PATH | FINDINGS_PATH | CONNECTIONS_PATH,
+                _,
+            ) => status(StatusCode::METHOD_NOT_ALLOWED, Bytes::new()),
             _ => status(StatusCode::NOT_FOUND, Bytes::new()),
         }
     }

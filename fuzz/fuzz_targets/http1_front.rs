@@ -23,6 +23,7 @@ fn forwarded(input: &[u8], piece: usize) -> Result<Option<(Vec<u8>, Vec<u8>)>, D
     let passage = Passage {
         peer: [10, 0, 0, 9].into(),
         continued: false,
+        decrypted: false,
     };
     let (mut all, mut body) = (BytesMut::new(), Body::new(request.framing));
     request.write(passage, &mut all);

@@ -9,6 +9,7 @@ use http::{Method, Request, Response, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout_at};
 use tp_manager_api::cluster_view::Health;
+use tp_manager_api::tls::{Handover, handover_of};
 use tp_manager_api::{CLUSTER_PATH, ClusterView, HEALTH_PATH};
 use tp_tunnel::proxy_status::DialError;
 use tp_tunnel::server::{Dialed, Service};
@@ -61,6 +62,11 @@ impl<R: Reach, V: Views> Service for SessionService<R, V> {
 
     fn control(&self, request: Request<Bytes>) -> BoxFuture<'_, Response<Bytes>> {
         Box::pin(async move {
+            if let (&Method::PUT, Some(intercept)) =
+                (request.method(), handover_of(request.uri().path()))
+            {
+                return self.hand_over(intercept, request.body());
+            }
             if request.method() != Method::GET {
                 return status(StatusCode::METHOD_NOT_ALLOWED);
             }
@@ -82,6 +88,20 @@ impl<R: Reach, V: Views> Service for SessionService<R, V> {
 const LONG_POLL: Duration = Duration::from_secs(25);
 
 impl<R: Reach, V: Views> SessionService<R, V> {
+    /// What serde says of a body could show a part of it, so nobody hears it.
+    fn hand_over(&self, intercept: &str, body: &[u8]) -> Response<Bytes> {
+        let Some(seat) = &self.seat else {
+            return status(StatusCode::NOT_FOUND);
+        };
+        let Ok(handover) = serde_json::from_slice::<Handover>(body) else {
+            return status(StatusCode::BAD_REQUEST);
+        };
+        status(match seat.hand_over(intercept, handover) {
+            true => StatusCode::NO_CONTENT,
+            false => StatusCode::TOO_MANY_REQUESTS,
+        })
+    }
+
     async fn newer_view(&self, after: Option<u64>) -> ClusterView {
         let deadline = Instant::now() + LONG_POLL;
         loop {

@@ -85,10 +85,15 @@ impl<'a> Namespace<'a> {
         self.wait_service(name, 80);
     }
 
+    /// Makes the image of the real servers, `lab.local/servers:lab`, one that the node has.
+    pub fn load_servers(&self) {
+        load_servers_image(self.cluster);
+    }
+
     /// Starts one of the real servers as pod and Service `name`: `postgres`, `mariadb`, `rabbitmq` or `nginx`.
     #[track_caller]
     pub fn server(&self, name: &str, program: &str, ports: &[u16]) {
-        load_servers_image(self.cluster);
+        self.load_servers();
         let ports_yaml: Vec<String> = ports
             .iter()
             .map(|port| format!("{{name: p{port}, port: {port}}}"))

@@ -7,7 +7,9 @@ pub enum Protocol {
     Http1,
     /// HTTP/2 by prior knowledge (RFC 9113 §3.3).
     Http2,
-    /// TLS, and whatever else is not HTTP.
+    /// TLS (RFC 8446 §5.1).
+    Tls,
+    /// Whatever else is not HTTP.
     Opaque,
 }
 
@@ -30,6 +32,9 @@ pub fn detect(bytes: &[u8]) -> Option<Protocol> {
     if PREFACE.starts_with(&bytes[..bytes.len().min(PREFACE.len())]) {
         return (bytes.len() >= PREFACE.len()).then_some(Protocol::Http2);
     }
+    if let Some(tls) = detect_tls(bytes) {
+        return tls;
+    }
     // An empty line before a request is allowed (RFC 9112 §2.2).
     let bytes = match bytes {
         [b'\r'] | [b'\r', b'\n'] => return None,
@@ -49,6 +54,15 @@ pub fn detect(bytes: &[u8]) -> Option<Protocol> {
             }
         }
         Some(_) => by_line(bytes),
+    }
+}
+
+/// A record of a handshake, of whatever version; `None` where these bytes begin none.
+fn detect_tls(bytes: &[u8]) -> Option<Option<Protocol>> {
+    match bytes {
+        [0x16] | [0x16, 3] => Some(None),
+        [0x16, 3, 0..=4, ..] => Some(Some(Protocol::Tls)),
+        _ => None,
     }
 }
 
@@ -86,7 +100,8 @@ mod tests {
             (b"M-SEARCH * HTTP/1.1\r\n", Protocol::Http1),
             (b"GET / HTTP/9\n", Protocol::Http1),
             (PREFACE, Protocol::Http2),
-            (b"\x16\x03\x01\x02\x00\x01", Protocol::Opaque),
+            (b"\x16\x03\x01\x02\x00\x01", Protocol::Tls),
+            (b"\x16\x04\x01", Protocol::Opaque),
             (b"GET key\r\n", Protocol::Opaque),
             (b"PING\r\n", Protocol::Opaque),
             (b"EHLO host\r\n", Protocol::Opaque),

@@ -5,13 +5,16 @@ pub mod http1;
 mod http2;
 mod opaque;
 mod prefixed;
+pub(crate) mod tls;
+mod unparsed;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tp_tunnel::{Flow, NotOpened, Workstation};
@@ -19,9 +22,11 @@ use tp_tunnel::{Flow, NotOpened, Workstation};
 use crate::book::{Book, Live, Port};
 use crate::budget::Budget;
 use crate::heartbeat::Parent;
-use crate::route::{Need, need, unparsed};
+use crate::route::{Need, Via, need};
+use crate::socket::Socket;
 use crate::upstream::{Dialing, READ, dial, reset_on_close};
 use detect::{Protocol, detect};
+use unparsed::Unparsed;
 
 /// How long a connection may take to say what it speaks before it is passed on unparsed.
 const DETECTION: Duration = Duration::from_secs(2);
@@ -51,7 +56,7 @@ pub(crate) async fn stopping(stop: &mut watch::Receiver<bool>) {
 }
 
 /// Where a connection came from and where it wanted to go.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Place {
     /// Who connected.
     pub peer: SocketAddr,
@@ -59,6 +64,44 @@ pub struct Place {
     pub listen: u16,
     /// The application's address.
     pub app: SocketAddr,
+    /// How the application is spoken to, where TLS was ended.
+    inside: Option<Arc<tls::Inside>>,
+}
+
+impl Place {
+    /// Of a connection as it came.
+    pub fn new(peer: SocketAddr, listen: u16, app: SocketAddr) -> Self {
+        Self {
+            peer,
+            listen,
+            app,
+            inside: None,
+        }
+    }
+
+    fn decrypted(&self, inside: tls::Inside) -> Self {
+        let inside = Some(Arc::new(inside));
+        Self {
+            inside,
+            ..self.clone()
+        }
+    }
+
+    /// What its bytes are inside of, once they are parsed.
+    pub(crate) fn via(&self) -> Via {
+        match &self.inside {
+            Some(inside) => Via::Decrypted(inside.key),
+            None => Via::Plain,
+        }
+    }
+
+    /// Another connection to the application, of the same kind.
+    pub(crate) async fn dial(&self) -> io::Result<Socket> {
+        match &self.inside {
+            Some(inside) => inside.connect(self.app).await,
+            None => dial(self.app).await.map(Socket::Tcp),
+        }
+    }
 }
 
 /// Serves one connection to its end.
@@ -69,25 +112,103 @@ pub async fn connection(client: TcpStream, mut place: Place, shared: Arc<Shared>
     if let Some(port) = &port {
         place.app.set_port(port.app);
     }
+    let whole = |client| Unparsed {
+        client: Socket::Tcp(client),
+        place: place.clone(),
+        app: None,
+        bytes: BytesMut::new(),
+    };
     match need(port.as_deref()) {
-        Need::App => to_app(client, place, None, BytesMut::new()).await,
-        Need::Mine(live) => unfiltered(client, place, live, None, BytesMut::new()).await,
-        Need::Protocol => {
-            let first = match first_bytes(&client, place).await {
-                Ok(first) => first,
-                Err(_) => return reset_on_close(&client),
-            };
-            let First { app, bytes, speaks } = first;
-            match speaks {
-                Protocol::Opaque => unparsed_connection(client, place, port, app, bytes).await,
-                Protocol::Http1 => http1::serve(client, bytes, app, place, &shared).await,
-                Protocol::Http2 => match shared.budget.take(http2::CHARGE) {
-                    Some(_share) => {
-                        http2::serve(client, bytes, app, place, Arc::clone(&shared)).await;
-                    }
-                    None => to_app(client, place, app, bytes).await,
-                },
+        Need::App => whole(client).pass_to_app().await,
+        Need::Mine(live) => whole(client).pass_to(live).await,
+        Need::Protocol => match first_bytes(&client, &place).await {
+            Ok(first) => parsed(client, first, place, port, shared).await,
+            Err(_) => reset_on_close(&client),
+        },
+    }
+}
+
+/// A connection whose first bytes are known.
+async fn parsed(
+    client: TcpStream,
+    first: First,
+    place: Place,
+    port: Option<Arc<Port<Workstation>>>,
+    shared: Arc<Shared>,
+) {
+    let opens = port.as_deref().filter(|port| tls::is_wanted(port));
+    match (first.speaks, opens) {
+        (Protocol::Tls, Some(opens)) => match shared.budget.take(tls::CHARGE) {
+            Some(_share) => match tls::open(client, first.bytes, first.app, &place, opens).await {
+                tls::Opened::Decrypted { client, app, place } => {
+                    decrypted(client, app, place, shared).await;
+                }
+                tls::Opened::Sealed(client, bytes) => {
+                    let unparsed = Unparsed {
+                        client: Socket::Tcp(client),
+                        place,
+                        app: None,
+                        bytes,
+                    };
+                    unparsed.pass_on(port, Via::Sealed).await;
+                }
+                tls::Opened::Lost => {}
+            },
+            None => {
+                let unparsed = first.unparsed(Socket::Tcp(client), place);
+                unparsed.pass_on(port, Via::Sealed).await;
             }
+        },
+        (Protocol::Tls, None) => {
+            let unparsed = first.unparsed(Socket::Tcp(client), place);
+            unparsed.pass_on(port, Via::Sealed).await;
+        }
+        (Protocol::Http1 | Protocol::Http2 | Protocol::Opaque, _) => {
+            readable(Socket::Tcp(client), first, place, port, shared).await;
+        }
+    }
+}
+
+/// A connection of which the agent has ended TLS.
+async fn decrypted(mut client: Socket, app: Option<Dialing>, place: Place, shared: Arc<Shared>) {
+    let protocol = place
+        .inside
+        .as_ref()
+        .map(|inside| inside.protocol.as_deref());
+    let (speaks, bytes) = match protocol.flatten() {
+        Some(b"h2") => (Protocol::Http2, BytesMut::new()),
+        Some(b"http/1.1" | b"http/1.0") => (Protocol::Http1, BytesMut::new()),
+        Some(_) => (Protocol::Opaque, BytesMut::new()),
+        None => match first_decrypted(&mut client).await {
+            Ok(first) => first,
+            Err(_) => return client.reset_on_close(),
+        },
+    };
+    let first = First { app, bytes, speaks };
+    let port = shared.book.port(place.listen);
+    readable(client, first, place, port, shared).await;
+}
+
+/// A connection whose bytes can be read.
+async fn readable(
+    client: Socket,
+    first: First,
+    place: Place,
+    port: Option<Arc<Port<Workstation>>>,
+    shared: Arc<Shared>,
+) {
+    let via = place.via();
+    match first.speaks {
+        Protocol::Http1 => http1::serve(client, first.bytes, first.app, place, &shared).await,
+        Protocol::Http2 => match shared.budget.take(http2::CHARGE) {
+            Some(_share) => {
+                http2::serve(client, first.bytes, first.app, place, Arc::clone(&shared)).await;
+            }
+            None => first.unparsed(client, place).pass_to_app().await,
+        },
+        // TLS inside of TLS is nobody's to open.
+        Protocol::Tls | Protocol::Opaque => {
+            first.unparsed(client, place).pass_on(port, via).await;
         }
     }
 }
@@ -103,11 +224,15 @@ struct First {
 
 /// Waits until the client's first bytes say what it speaks. The application is dialled meanwhile: if it speaks first, the
 /// connection is no HTTP, and has not been delayed.
-async fn first_bytes(client: &TcpStream, place: Place) -> io::Result<First> {
+async fn first_bytes(client: &TcpStream, place: &Place) -> io::Result<First> {
     let mut bytes = BytesMut::new();
     let deadline = tokio::time::sleep(DETECTION);
     tokio::pin!(deadline);
-    let mut dialing: Option<Dialing> = Some(Box::pin(dial(place.app)));
+    let address = place.app;
+    let mut dialing: Option<Dialing> =
+        Some(Box::pin(
+            async move { dial(address).await.map(Socket::Tcp) },
+        ));
     let mut app = None;
     let speaks = loop {
         tokio::select! {
@@ -141,7 +266,24 @@ async fn first_bytes(client: &TcpStream, place: Place) -> io::Result<First> {
     Ok(First { app, bytes, speaks })
 }
 
-async fn dialed(dialing: Option<&mut Dialing>) -> io::Result<TcpStream> {
+/// The same of what was decrypted. Nobody speaks first here that a client of HTTP would have to hear.
+async fn first_decrypted(client: &mut Socket) -> io::Result<(Protocol, BytesMut)> {
+    let mut bytes = BytesMut::new();
+    let reading = async {
+        loop {
+            if client.read_buf(&mut bytes).await? == 0 {
+                return Ok(Protocol::Opaque);
+            }
+            if let Some(speaks) = detect(&bytes) {
+                return io::Result::Ok(speaks);
+            }
+        }
+    };
+    let speaks = tokio::time::timeout(DETECTION, reading).await;
+    Ok((speaks.unwrap_or(Ok(Protocol::Opaque))?, bytes))
+}
+
+async fn dialed(dialing: Option<&mut Dialing>) -> io::Result<Socket> {
     match dialing {
         Some(dialing) => dialing.await,
         None => std::future::pending().await,
@@ -149,8 +291,8 @@ async fn dialed(dialing: Option<&mut Dialing>) -> io::Result<TcpStream> {
 }
 
 /// Resolves when the application has said something, or ended.
-async fn speaks_first(app: Option<&TcpStream>) -> bool {
-    let Some(app) = app else {
+async fn speaks_first(app: Option<&Socket>) -> bool {
+    let Some(Socket::Tcp(app)) = app else {
         return std::future::pending().await;
     };
     loop {
@@ -167,45 +309,14 @@ async fn speaks_first(app: Option<&TcpStream>) -> bool {
     }
 }
 
-async fn unparsed_connection(
-    client: TcpStream,
-    place: Place,
-    port: Option<Arc<Port<Workstation>>>,
-    app: Option<Dialing>,
-    bytes: BytesMut,
-) {
-    match unparsed(port.as_deref()) {
-        Some(live) => unfiltered(client, place, live, app, bytes).await,
-        None => to_app(client, place, app, bytes).await,
-    }
-}
-
-/// A whole connection for an intercept that takes everything.
-async fn unfiltered(
-    client: TcpStream,
-    place: Place,
-    live: &Live<Workstation>,
-    app: Option<Dialing>,
-    bytes: BytesMut,
-) {
-    match open(live, place.peer).await {
-        Ok(flow) => opaque::to_workstation(client, flow, bytes.freeze(), Bytes::new()).await,
-        Err(_) if live.route.strict => reset_on_close(&client),
-        Err(_) => to_app(client, place, app, bytes).await,
-    }
-}
-
-/// A whole connection for the application. Where it refuses, the client is reset: nobody has answered it.
-async fn to_app(client: TcpStream, place: Place, app: Option<Dialing>, bytes: BytesMut) {
-    let app = match app {
-        Some(app) => app.await,
-        None => dial(place.app).await,
-    };
-    match app {
-        Ok(app) => opaque::to_app(client, app, bytes.freeze(), Bytes::new()).await,
-        Err(error) => {
-            tracing::debug!(app = %place.app, %error, "the application does not answer");
-            reset_on_close(&client);
+impl First {
+    fn unparsed(self, client: Socket, place: Place) -> Unparsed {
+        let Self { app, bytes, .. } = self;
+        Unparsed {
+            client,
+            place,
+            app,
+            bytes,
         }
     }
 }

@@ -1,22 +1,37 @@
-//! Connections whose bytes are nobody's business: FIN for FIN, RST for RST, and no buffer while idle.
+//! Connections whose bytes are nobody's business: FIN for FIN, RST for RST, and no buffer of ours while idle.
 
 use std::cell::RefCell;
 use std::io;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tp_tunnel::{Flow, relay};
 
-use crate::upstream::reset_on_close;
+use crate::socket::Socket;
+use crate::upstream::{Reader, Upstream, Writer, reset_on_close};
 
 /// Bytes moved at a time.
 const PIECE: usize = 16 * 1024;
 
-/// Moves bytes between a client and the application until both directions have ended. `early` was read from the client
-/// already, `answer` from the application.
-pub(crate) async fn to_app(mut client: TcpStream, mut app: TcpStream, early: Bytes, answer: Bytes) {
+/// Moves bytes between a client and whoever serves it until both directions have ended. `early` was read from the client
+/// already, what stands in `upstream.buf` from the other side.
+pub(crate) async fn join(client: Socket, upstream: Upstream, early: Bytes) {
+    let Upstream { rx, tx, buf } = upstream;
+    match (client, rx, tx) {
+        (Socket::Tcp(client), Reader::Workstation(rx), Writer::Workstation(tx)) => {
+            to_workstation(client, Flow::from_io(rx, tx), early, buf.freeze()).await;
+        }
+        (Socket::Tcp(client), Reader::App(rx), Writer::App(tx)) => match Socket::reunite(rx, tx) {
+            Some(Socket::Tcp(app)) => to_app(client, app, early, buf.freeze()).await,
+            Some(Socket::Tls(_)) | None => reset_on_close(&client),
+        },
+        (client, rx, tx) => decrypted(client, Upstream { rx, tx, buf }, early).await,
+    }
+}
+
+async fn to_app(mut client: TcpStream, mut app: TcpStream, early: Bytes, answer: Bytes) {
     let moved = async {
         app.write_all(&early).await?;
         client.write_all(&answer).await?;
@@ -33,13 +48,7 @@ pub(crate) async fn to_app(mut client: TcpStream, mut app: TcpStream, early: Byt
     }
 }
 
-/// The same with a workstation.
-pub(crate) async fn to_workstation(
-    mut client: TcpStream,
-    mut flow: Flow,
-    early: Bytes,
-    answer: Bytes,
-) {
+async fn to_workstation(mut client: TcpStream, mut flow: Flow, early: Bytes, answer: Bytes) {
     let sent = async {
         client.write_all(&answer).await?;
         drop(answer);
@@ -54,6 +63,48 @@ pub(crate) async fn to_workstation(
         Err(_) => {
             reset_on_close(&client);
             flow.reset().await;
+        }
+    }
+}
+
+/// The same for what the agent has decrypted.
+async fn decrypted(client: Socket, upstream: Upstream, early: Bytes) {
+    let (mut client_rx, mut client_tx) = client.into_split();
+    let (mut rx, mut tx) = (upstream.rx, upstream.tx);
+    let moved = async {
+        let there = async {
+            tx.write_all(&early).await?;
+            drop(early);
+            let mut buf = BytesMut::new();
+            while client_rx.fill(&mut buf).await? > 0 {
+                tx.write_all(&buf).await?;
+                buf = BytesMut::new();
+            }
+            tx.finish().await
+        };
+        let back = async {
+            let mut buf = upstream.buf;
+            loop {
+                tokio::select! {
+                    biased;
+                    written = client_tx.write_all(&buf) => written?,
+                    error = rx.stalled() => return Err(error),
+                }
+                buf = BytesMut::new();
+                if rx.fill(&mut buf).await? == 0 {
+                    return client_tx.finish().await;
+                }
+            }
+        };
+        tokio::try_join!(there, back)
+    }
+    .await;
+    if let Err(error) = moved {
+        tracing::debug!(%error, "opaque connection inside of TLS reset");
+        client_rx.reset_on_close();
+        // A flow is reset by being dropped.
+        if let Reader::App(rx) = &rx {
+            rx.reset_on_close();
         }
     }
 }

@@ -36,6 +36,7 @@ Examples:
   tp intercept web -p 3000:http --http-header x-user=ada     port http of its Service, requests with that header
   tp intercept web -p 3000 -e web.env -- npm start           with the container's environment, as long as npm runs
   tp intercept web -p 3000 --http-path-prefix /api --http-header auto
+  tp intercept web -p 3000:https --tls-secret web-tls        requests inside of TLS, opened with that Secret's key
 ")]
 pub struct Args {
     /// Name of the intercept, and of the workload unless that is given
@@ -62,6 +63,9 @@ pub struct Args {
     /// Answer 502 when the workstation does not, instead of letting the application answer
     #[arg(long)]
     pub strict: bool,
+    /// End TLS in the pod with the certificate and key of this Secret, and match the requests inside; LOCAL speaks plain HTTP
+    #[arg(long, value_name = "SECRET")]
+    pub tls_secret: Option<String>,
     /// Reset connections that were open before, once they are idle for a second: they bypass the intercept until they end
     #[arg(long)]
     pub close_idle: bool,
@@ -217,8 +221,8 @@ impl Args {
             .variables(&cluster, &namespace, &found, &container, &mut warnings)
             .await?;
         let curl = ports.iter().find_map(|(_, target)| {
-            let authority = authority(target, &namespace)?;
-            example::curl_arguments(&chosen.matchers, &authority)
+            let url = base_url(target, &namespace, self.tls_secret.is_some())?;
+            example::curl_arguments(&chosen.matchers, &url)
         });
         let wanted = Wanted {
             name: self.name.clone(),
@@ -230,6 +234,7 @@ impl Args {
             container: Some(container),
             matchers: chosen.matchers,
             strict: self.strict,
+            tls_secret: self.tls_secret.clone(),
             close_idle: self.close_idle,
             attach: self.attach.into(),
             held: !self.command.is_empty(),
@@ -357,12 +362,13 @@ fn wanted_port(local: LocalAddress, target: Target) -> WantedPort {
     }
 }
 
-/// `web`, with a port unless it is 80.
-fn authority(target: &Target, namespace: &str) -> Option<String> {
+/// `http://web.shop`, with a port unless it is the scheme's own.
+fn base_url(target: &Target, namespace: &str, tls: bool) -> Option<String> {
     let (service, port) = target.service.as_ref()?;
-    Some(match port {
-        80 => format!("{service}.{namespace}"),
-        port => format!("{service}.{namespace}:{port}"),
+    let (scheme, usual) = if tls { ("https", 443) } else { ("http", 80) };
+    Some(match *port == usual {
+        true => format!("{scheme}://{service}.{namespace}"),
+        false => format!("{scheme}://{service}.{namespace}:{port}"),
     })
 }
 
@@ -455,6 +461,12 @@ fn told(statuses: &[InterceptStatus], curl: Option<&[String]>) -> String {
     for (n, matcher) in matchers.iter().enumerate() {
         let name = if n == 0 { "requests" } else { "and" };
         text += &format!("  {name:<9} {}\n", escaped(&matcher.to_string()));
+    }
+    if let Some(secret) = statuses
+        .iter()
+        .find_map(|status| status.tls_secret.as_ref())
+    {
+        text += &format!("  {:<9} opened with Secret {}\n", "TLS", escaped(secret));
     }
     if let Some(curl) = curl {
         let words: Vec<String> = ["tp".to_owned(), "curl".to_owned()]

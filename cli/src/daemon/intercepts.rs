@@ -27,6 +27,7 @@ use tp_manager_api::{ClientInfo, Intercept, Matcher, Session};
 use super::inbound::{Counts, Way, Ways};
 use super::login::Login;
 use super::peers;
+use super::secrets;
 use super::services::refusal;
 use super::session::{SessionLease, host_name};
 use super::status::InterceptStatus;
@@ -125,12 +126,36 @@ impl Intercepts {
     async fn make_all(&self, wanted: &Wanted) -> Result<(), Failure> {
         let cluster = self.login.cluster().await?;
         let user = cluster.identity().await?;
+        if let Some(secret) = &wanted.tls_secret {
+            let user = user.username.as_deref().unwrap_or_default();
+            secrets::check(&cluster, &self.namespace, secret, user).await?;
+        }
         for port in &wanted.ports {
             let spec = self.spec(wanted, port, &user)?;
             let object = self.post(&cluster, spec).await?;
+            let knows_secrets = object.spec.tls_secret == wanted.tls_secret;
             self.keep(&wanted.name, port.clone(), object);
+            if !knows_secrets {
+                return Err(secrets::unknown());
+            }
         }
         Ok(())
+    }
+
+    /// Where the objects are.
+    pub(super) async fn place(&self) -> Result<(Cluster, String), Failure> {
+        Ok((self.login.cluster().await?, self.namespace.clone()))
+    }
+
+    /// Uid and Secret of each object that names one; a uid of `None` is not known yet.
+    pub(super) fn tls_secrets(&self) -> Vec<(Option<String>, String)> {
+        let held = self.lock();
+        let seen = held.values().flatten().map(|entry| entry.seen_rx.borrow());
+        let secrets = seen.filter_map(|seen| match &*seen {
+            Seen::There(object) => Some((object.uid(), object.spec.tls_secret.clone()?)),
+            Seen::Gone(spec) => Some((None, spec.tls_secret.clone()?)),
+        });
+        secrets.collect()
     }
 
     /// Waits until every port of an intercept is ready. Cancel safe.
@@ -234,6 +259,7 @@ impl Intercepts {
             container: wanted.container.clone(),
             matchers: wanted.matchers.as_slice().to_vec(),
             strict: wanted.strict,
+            tls_secret: wanted.tls_secret.clone(),
             close_idle: wanted.close_idle,
             attach: wanted.attach,
             client: ClientInfo {
@@ -315,6 +341,7 @@ impl Intercepts {
                 "service": spec.service,
                 "container": spec.container,
                 "strict": spec.strict,
+                "tlsSecret": spec.tls_secret,
                 "closeIdle": spec.close_idle,
                 "attach": spec.attach,
                 "client": spec.client,
@@ -420,6 +447,7 @@ impl Entry {
             service: self.wanted.service.clone(),
             local: self.wanted.local.to_string(),
             matchers: seen.spec().matchers.clone(),
+            tls_secret: seen.spec().tls_secret.clone(),
             flows: self.counts.flows.load(Relaxed),
             refused: self.counts.refused.load(Relaxed),
             ..InterceptStatus::default()

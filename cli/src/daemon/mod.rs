@@ -24,6 +24,7 @@ pub mod parameters;
 pub mod peers;
 pub mod running;
 pub mod screen;
+pub mod secrets;
 pub mod services;
 pub mod session;
 pub mod status;

@@ -31,7 +31,7 @@ use super::screen::Screen;
 use super::services::{self, Known};
 use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
 use super::supervisor::{Facts, Supervisor};
-use super::{asked, environment, inbound, listen, log, peers};
+use super::{asked, environment, inbound, listen, log, peers, secrets};
 use crate::huge_pages;
 use crate::proxy::{self, Counters, split::Split, split::UserRules};
 use crate::report::{Failure, OrFail};
@@ -289,7 +289,8 @@ fn intercepts_of(access: &Access) -> Option<Intercepts> {
 async fn serve_inbound(tunnel: watch::Receiver<Option<Tunnel>>, intercepts: Arc<Intercepts>) {
     let count = intercepts.count();
     let flows = inbound::serve(tunnel.clone(), count, Arc::clone(&intercepts));
-    tokio::join!(flows, follow_sessions(tunnel, &intercepts));
+    let secrets = secrets::hand_over(tunnel.clone(), &intercepts);
+    tokio::join!(flows, secrets, follow_sessions(tunnel, &intercepts));
 }
 
 /// A new Session comes with a new tunnel.

@@ -201,6 +201,8 @@ pub struct InterceptStatus {
     pub local: String,
     /// Which requests; all must match. None: everything.
     pub matchers: Vec<Matcher>,
+    /// Secret with which TLS is opened for it.
+    pub tls_secret: Option<String>,
     /// Whether every running pod sends them here, as the manager says.
     pub ready: bool,
     /// One word why, or why not.

@@ -21,6 +21,8 @@ pub struct Wanted {
     pub matchers: Matchers,
     /// Whether a workstation that does not answer is an error.
     pub strict: bool,
+    /// Secret with the application's certificate and key, where TLS is to be opened.
+    pub tls_secret: Option<String>,
     /// Whether idle connections from before are reset.
     pub close_idle: bool,
     /// How the agent gets into the pods.

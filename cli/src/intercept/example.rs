@@ -6,9 +6,9 @@ use tp_manager_api::{Matcher, Matchers};
 
 /// The arguments of curl for such a request; `None` where no plain request shows it (a pattern, gRPC, GraphQL).
 ///
-/// `authority` is the host, and the port where it is not 80.
+/// `base` is the URL without a path.
 #[must_use]
-pub fn curl_arguments(matchers: &Matchers, authority: &str) -> Option<Vec<String>> {
+pub fn curl_arguments(matchers: &Matchers, base: &str) -> Option<Vec<String>> {
     let mut arguments = Vec::new();
     let (mut path, mut query, mut baggage, mut state) =
         ("/".to_owned(), Vec::new(), Vec::new(), Vec::new());
@@ -57,7 +57,7 @@ pub fn curl_arguments(matchers: &Matchers, authority: &str) -> Option<Vec<String
         true => String::new(),
         false => format!("?{}", query.join("&")),
     };
-    arguments.push(format!("http://{authority}{path}{query}"));
+    arguments.push(format!("{base}{path}{query}"));
     Some(arguments)
 }
 
@@ -122,7 +122,7 @@ mod tests {
                 "-H 'baggage: u-1=a%2Cb,v=x' -H 'tracestate: t=1' http://web/",
             ),
         ] {
-            let line = shell_line(&curl_arguments(&matchers(given), "web").unwrap());
+            let line = shell_line(&curl_arguments(&matchers(given), "http://web").unwrap());
             assert_eq!(line, expected);
         }
         for given in [
@@ -130,7 +130,7 @@ mod tests {
             r#"[{"grpc":{"method":"Add"}}]"#,
             r#"[{"graphql":{"operation":"Cart"}}]"#,
         ] {
-            assert_eq!(curl_arguments(&matchers(given), "web"), None);
+            assert_eq!(curl_arguments(&matchers(given), "http://web"), None);
         }
     }
 
@@ -141,7 +141,7 @@ mod tests {
                 {"baggage":{"name":"u","exact":"a,b"}}]"#,
         );
 
-        let words = curl_arguments(&matchers, "web").unwrap();
+        let words = curl_arguments(&matchers, "http://web").unwrap();
 
         let fields: Vec<_> = words
             .windows(2)

@@ -81,6 +81,12 @@ pub struct InterceptSpec {
     /// Whether a workstation that does not answer is an error (502) instead of the application's turn.
     #[serde(default)]
     pub strict: bool,
+    /// Secret of the namespace, of type `kubernetes.io/tls`, that holds the application's certificate and key. The
+    /// workstation reads it with its user's identity; with it agents end TLS and match the requests inside. Without one TLS
+    /// passes unparsed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub tls_secret: Option<String>,
     /// Whether connections to the port that were open before are reset once they have been idle for a second. They would
     /// bypass the intercept until they end.
     #[serde(default)]
@@ -281,12 +287,14 @@ pub enum Reason {
     AgentFails,
     /// Attaching as a sidecar is not there yet.
     Sidecar,
+    /// The Secret of [`InterceptSpec::tls_secret`] cannot be had, or is not what the application serves with.
+    TlsSecret,
     /// The API server could not be asked, or refused; it is tried again.
     ApiServer,
 }
 
 impl Reason {
-    const ALL: [Self; 23] = [
+    const ALL: [Self; 24] = [
         Self::Attached,
         Self::Attaching,
         Self::NoPods,
@@ -309,6 +317,7 @@ impl Reason {
         Self::Unreachable,
         Self::AgentFails,
         Self::Sidecar,
+        Self::TlsSecret,
         Self::ApiServer,
     ];
 
@@ -337,6 +346,7 @@ impl Reason {
             Self::Unreachable => "Unreachable",
             Self::AgentFails => "AgentFails",
             Self::Sidecar => "Sidecar",
+            Self::TlsSecret => "TlsSecret",
             Self::ApiServer => "ApiServer",
         }
     }
@@ -366,7 +376,8 @@ impl Reason {
             | Self::ImagePull
             | Self::Unreachable
             | Self::AgentFails
-            | Self::Sidecar => true,
+            | Self::Sidecar
+            | Self::TlsSecret => true,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The objects that workstation, manager and agent agree on.
 //!
 //! Custom resources and the admission policy that guards them, the documents that travel (the view of a cluster, the
-//! manager's locator, an agent's routes), the matchers of requests, and the names all sides must spell alike. What needs
+//! manager's locator, an agent's routes, a certificate and its key), the matchers of requests, and the names all sides must spell alike. What needs
 //! Kubernetes' types is behind the feature `kube`, which the agent leaves off. It holds no client, no socket and no clock:
 //! whoever uses it decides where the objects come from.
 
@@ -16,6 +16,7 @@ pub mod policy;
 pub mod route_table;
 #[cfg(feature = "kube")]
 pub mod session;
+pub mod tls;
 
 pub use cluster_view::ClusterView;
 #[cfg(feature = "kube")]

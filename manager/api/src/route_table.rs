@@ -60,6 +60,9 @@ pub struct Route {
     /// Whether a workstation that does not answer is an error instead of the application's turn.
     #[serde(default)]
     pub strict: bool,
+    /// Id of the [`crate::tls::Credential`] by which requests inside of TLS are its, too. None: TLS passes it unparsed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<String>,
 }
 
 /// Connections that an intercepted application had before the agent came: the kernel redirects new ones only, so these
@@ -124,7 +127,7 @@ impl RouteTable {
     }
 }
 
-fn is_uid(id: &str) -> bool {
+pub(crate) fn is_uid(id: &str) -> bool {
     (1..=64).contains(&id.len()) && id.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-')
 }
 
@@ -160,6 +163,7 @@ mod tests {
             created,
             matchers: Matchers::default(),
             strict: false,
+            tls: None,
         }
     }
 

@@ -5,10 +5,13 @@
 
 use std::sync::Arc;
 
+use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
 use tp_manager_api::intercept::{Intercept, Reason};
+use tp_manager_api::tls::Handover;
 
 use super::problem::Problem;
+use super::secret::secret;
 use super::seen::Known;
 use super::workstations::{Here, SessionUid};
 use super::world::Held;
@@ -31,6 +34,8 @@ pub(super) struct SessionView {
     pub(super) here: Here,
     /// Whether its user has lost the right to intercepts here.
     pub(super) forbidden: bool,
+    /// What its workstation read of the Secret that this intercept names.
+    pub(super) tls: Option<Handover>,
 }
 
 /// Who asks.
@@ -71,6 +76,7 @@ pub(super) fn hold(
     session: Option<&SessionView>,
     replica: Replica<'_>,
     others: &[&Intercept],
+    now: Timestamp,
 ) -> Option<(Held, Option<SessionUid>)> {
     if !replica.answers_for(session) {
         return None;
@@ -84,7 +90,12 @@ pub(super) fn hold(
         Arc::from(metadata.namespace.as_deref()?),
         Arc::from(metadata.name.as_deref()?),
     );
-    let problem = wrong(known, session, others);
+    let problem = wrong(known, session, others).or_else(|| away(session));
+    let handover = session.and_then(|session| session.tls.as_ref());
+    let (tls, untold) = match secret(intercept, handover, now) {
+        Ok(tls) => (tls, None),
+        Err(problem) => (None, Some(problem)),
+    };
     let held = Held {
         id: metadata.uid.clone()?,
         user: spec.user.clone(),
@@ -96,7 +107,8 @@ pub(super) fn hold(
         close_idle: spec.close_idle,
         attach: spec.attach,
         connected: session.is_some_and(|session| matches!(session.here, Here::Now(_))),
-        problem: problem.or_else(|| away(session)),
+        problem: problem.or(untold),
+        tls,
         name,
     };
     Some((held, session.map(|session| Arc::clone(&session.uid))))
@@ -208,6 +220,7 @@ mod tests {
                 since: now,
                 over: false,
                 forbidden: false,
+                tls: None,
                 here: match self.here {
                     Seen::Now => Here::Now(later),
                     Seen::NowBeforeTheStatus => Here::Now(now - std::time::Duration::from_secs(1)),
@@ -253,7 +266,7 @@ mod tests {
             ready: &ready,
         };
         let known = Known::new(intercept.clone());
-        let (held, _) = hold(&known, session.as_ref(), replica, others).unwrap();
+        let (held, _) = hold(&known, session.as_ref(), replica, others, Timestamp::now()).unwrap();
         held.problem.map(|problem| problem.reason)
     }
 
@@ -265,7 +278,14 @@ mod tests {
                 name,
                 ready: &ready,
             };
-            hold(&Known::new(mine()), session.as_ref(), replica, &[]).is_some()
+            hold(
+                &Known::new(mine()),
+                session.as_ref(),
+                replica,
+                &[],
+                Timestamp::now(),
+            )
+            .is_some()
         };
         let of = |replica, here| {
             Some(

@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tp_manager_api::RouteTable;
 use tp_manager_api::route_table::{CONNECTIONS_PATH, LEASE, OpenConnections, ROUTES_PATH};
+use tp_manager_api::tls::{CREDENTIALS_PATH, FINDINGS_PATH, Findings, Found};
 use tp_tunnel::carrier::ReadAhead;
 use tp_tunnel::carrier::tls::connect_tls;
 use tp_tunnel::{Identity, Incoming, KeyHash, OpenError, Settings, Tunnel, join};
@@ -125,20 +126,27 @@ impl Ends {
     }
 
     /// Says that the agent has taken this table. News only.
-    fn connected(&self, table: &RouteTable, open: BTreeMap<u16, u32>) {
+    fn connected(
+        &self,
+        table: &RouteTable,
+        open: BTreeMap<u16, u32>,
+        found: BTreeMap<String, Found>,
+    ) {
         let routes = table.ports.iter().flat_map(|port| &port.intercepts);
         let ids: BTreeSet<_> = routes.map(|route| route.id.clone()).collect();
         let known = match &*lock(&self.state) {
             LinkState::Connected {
                 routed,
                 open_before,
-            } => *routed == ids && *open_before == open,
+                unopened,
+            } => *routed == ids && *open_before == open && *unopened == found,
             LinkState::Dialing { .. } => false,
         };
         if !known {
             self.say(LinkState::Connected {
                 routed: ids,
                 open_before: open,
+                unopened: found,
             });
         }
     }
@@ -238,25 +246,68 @@ async fn converse(
 /// Pushes the table when it changes and when the lease needs it. Returns when the routes are withdrawn, or the agent does
 /// not take them.
 async fn push(tunnel: &Tunnel, ends: &mut Ends) {
+    let mut given = BTreeSet::new();
+    let (mut unopened, mut is_new) = (BTreeMap::new(), true);
     loop {
         let orders = ends.orders.borrow_and_update().clone();
+        if !give(tunnel, &orders, &mut given).await {
+            return;
+        }
         let next = match put(tunnel, &orders.table).await {
             Push::Taken => {
                 let open_before = open_before(tunnel, &orders).await;
-                ends.connected(&orders.table, open_before);
+                // What is well stays so until something changes.
+                if is_new || !unopened.is_empty() {
+                    unopened = look(tunnel, &orders).await;
+                }
+                is_new = false;
+                ends.connected(&orders.table, open_before, unopened.clone());
                 RENEW
             }
             Push::NotYet => REST,
             Push::Failed => return,
         };
         match timeout(next, ends.orders.changed()).await {
-            Ok(Ok(())) | Err(_) => {}
+            Ok(Ok(())) => is_new = true,
+            Err(_) => {}
             Ok(Err(_)) => {
                 put(tunnel, &RouteTable::default()).await;
                 return;
             }
         }
     }
+}
+
+/// Gives the agent what its next table names and it does not have: it keeps what its last one named.
+async fn give(tunnel: &Tunnel, orders: &Orders, given: &mut BTreeSet<String>) -> bool {
+    for (id, credential) in orders
+        .credentials
+        .iter()
+        .filter(|(id, _)| !given.contains(*id))
+    {
+        let body = serde_json::to_vec(credential).expect("two texts are always JSON");
+        let answer = ask(tunnel, Method::PUT, CREDENTIALS_PATH, body).await;
+        if answer.is_none_or(|answer| answer.status() != StatusCode::NO_CONTENT) {
+            tracing::error!(id, "an agent refuses a credential");
+            return false;
+        }
+    }
+    *given = orders.credentials.keys().cloned().collect();
+    true
+}
+
+/// What keeps the agent from opening TLS, by intercept.
+async fn look(tunnel: &Tunnel, orders: &Orders) -> BTreeMap<String, Found> {
+    if orders.credentials.is_empty() {
+        return BTreeMap::new();
+    }
+    let answer = ask(tunnel, Method::GET, FINDINGS_PATH, Vec::new()).await;
+    let findings = answer.and_then(|answer| serde_json::from_slice(answer.body()).ok());
+    let Findings { ports } = findings.unwrap_or_default();
+    let found = ports.into_iter();
+    found
+        .map(|finding| (finding.intercept, finding.found))
+        .collect()
 }
 
 /// What an agent makes of its routes.

@@ -10,6 +10,7 @@ mod link;
 mod plan;
 mod pod;
 mod problem;
+mod secret;
 mod seen;
 mod status;
 mod step;
@@ -180,6 +181,7 @@ impl Controller {
     fn turn(&mut self) -> Duration {
         let (held, owners) = self.held();
         self.workstations.assign(owners);
+        self.forget_handovers();
         self.watch_namespaces(&held);
         let plan = self.plan(&held);
         self.link(&plan);
@@ -216,10 +218,11 @@ impl Controller {
             .values()
             .map(|known| &known.object)
             .collect();
+        let now = Timestamp::now();
         let (mut held, mut owners) = (Vec::new(), BTreeMap::new());
         for known in seen.intercepts.values() {
             let session = self.session_of(&known.object);
-            if let Some((one, owner)) = held::hold(known, session.as_ref(), replica, &others) {
+            if let Some((one, owner)) = held::hold(known, session.as_ref(), replica, &others, now) {
                 if let Some(owner) = owner.filter(|_| one.problem.is_none()) {
                     owners.insert(one.id.clone(), owner);
                 }
@@ -227,6 +230,17 @@ impl Controller {
             }
         }
         (held, owners)
+    }
+
+    /// A credential goes with its intercept.
+    fn forget_handovers(&self) {
+        let seen = self.seen.now();
+        let known: BTreeSet<_> = seen
+            .intercepts
+            .values()
+            .filter_map(|known| known.object.metadata.uid.as_deref())
+            .collect();
+        self.workstations.forget_handovers(&known);
     }
 
     /// Who diverts what, from when to when, for whoever reads the log later.
@@ -261,6 +275,7 @@ impl Controller {
         let namespace = intercept.metadata.namespace.as_deref()?;
         let name = (namespace.into(), intercept.spec.session.as_str().into());
         let session = self.sessions.get(&name)?;
+        let uid = intercept.metadata.uid.as_deref();
         let replica = session.replica();
         Some(SessionView {
             uid: session.uid.as_str().into(),
@@ -269,7 +284,8 @@ impl Controller {
             since: replica.since,
             over: session.is_over(),
             here: self.workstations.here(&session.uid),
-            forbidden: intercept.metadata.uid.as_ref().is_some_and(|id| {
+            tls: uid.and_then(|id| self.workstations.handover(&session.uid, id)),
+            forbidden: uid.is_some_and(|id| {
                 let right = self.rights.get(id);
                 right.is_some_and(|(allowed, _)| !allowed)
             }),

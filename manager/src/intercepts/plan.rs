@@ -12,9 +12,11 @@ use std::time::Duration;
 use tp_manager_api::AGENT_PORT;
 use tp_manager_api::intercept::{Reason, Workload};
 use tp_manager_api::route_table::{PortRoutes, Route, RouteTable};
+use tp_manager_api::tls::Credential;
 
 use super::pod::{AgentState, PodFacts};
 use super::problem::Problem;
+use super::secret::mismatch;
 use super::step::{Step, fails, next_step, pod_problem};
 use super::world::{Held, LinkState, PodUid, Trouble, World};
 use crate::sessions::ObjectName;
@@ -63,6 +65,8 @@ pub(super) struct Wanted {
 pub(super) struct Orders {
     /// Its routes.
     pub(super) table: RouteTable,
+    /// What they open TLS with, by the ids in them.
+    pub(super) credentials: BTreeMap<String, Credential>,
     /// Whether it resets idle connections from before.
     pub(super) close_idle: bool,
 }
@@ -161,25 +165,32 @@ fn take(world: &World<'_>, held: &Held, pod: &PodFacts, step: &Step, plan: &mut 
                     orders: Orders::default(),
                 });
             wanted.orders.close_idle |= held.close_idle;
-            add_route(&mut wanted.orders.table, held);
+            wanted.orders.add(held);
         }
     }
 }
 
-fn add_route(table: &mut RouteTable, held: &Held) {
-    let route = Route {
-        id: held.id.clone(),
-        created: held.created,
-        matchers: held.matchers.clone(),
-        strict: held.strict,
-    };
-    match table.ports.iter_mut().find(|port| port.listen == held.port) {
-        Some(port) => port.intercepts.push(route),
-        None => table.ports.push(PortRoutes {
-            listen: held.port,
-            app: held.port,
-            intercepts: vec![route],
-        }),
+impl Orders {
+    fn add(&mut self, held: &Held) {
+        let credential = held.tls.as_ref().map(|secret| &secret.credential);
+        let id = credential.map(|credential| credential.id().to_owned());
+        self.credentials.extend(id.clone().zip(credential.cloned()));
+        let route = Route {
+            id: held.id.clone(),
+            created: held.created,
+            matchers: held.matchers.clone(),
+            strict: held.strict,
+            tls: id,
+        };
+        let ports = &mut self.table.ports;
+        match ports.iter_mut().find(|port| port.listen == held.port) {
+            Some(port) => port.intercepts.push(route),
+            None => ports.push(PortRoutes {
+                listen: held.port,
+                app: held.port,
+                intercepts: vec![route],
+            }),
+        }
     }
 }
 
@@ -224,7 +235,12 @@ fn pod_state(
         Step::Link(_) => {}
     }
     match link_state(world, pod) {
-        Some(LinkState::Connected { routed, .. }) if routed.contains(&held.id) => None,
+        Some(LinkState::Connected {
+            routed, unopened, ..
+        }) if routed.contains(&held.id) => {
+            let (secret, found) = held.tls.as_ref().zip(unopened.get(&held.id))?;
+            Some(mismatch(secret, &pod.name, held.port, *found))
+        }
         Some(LinkState::Connected { .. }) => coming("its agent gets the routes"),
         Some(LinkState::Dialing {
             since,

@@ -3,14 +3,16 @@
 //! A workstation that has gone keeps its place for a lease: its carrier may only have been replaced, and until then its
 //! requests fall back to the application one by one, as the agent marks them. Knows nothing of pods.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tp_manager_api::route_table::LEASE;
+use tp_manager_api::tls::Handover;
 use tp_tunnel::{Attention, Flow, NotOpened, Workstation};
 
 use crate::metrics::Metrics;
@@ -38,7 +40,15 @@ struct Inner {
 struct Place {
     connections: Vec<Arc<Connection>>,
     left: Option<Instant>,
+    /// By the uid of the intercept whose Secret it is about.
+    handovers: BTreeMap<String, (Handover, Instant)>,
 }
+
+/// Handovers of one session at a time.
+const HANDOVERS_MAX: usize = 64;
+
+/// How long a handover waits for the watch to show its intercept.
+const UNSEEN: Duration = Duration::from_secs(30);
 
 struct Connection {
     id: u64,
@@ -90,6 +100,17 @@ impl Seat {
         self.taken
             .get_or_init(|| self.workstations.enter(&self.session, workstation));
     }
+
+    /// What the workstation read of the Secret of this intercept. False where there is no place for more.
+    pub fn hand_over(&self, intercept: &str, handover: Handover) -> bool {
+        let taken = {
+            let mut inner = self.workstations.inner();
+            let place = inner.places.get_mut(&self.session);
+            place.is_some_and(|place| place.hand_over(intercept, handover))
+        };
+        self.workstations.changed.send_replace(());
+        taken
+    }
 }
 
 impl Workstations {
@@ -136,6 +157,22 @@ impl Workstations {
             (Some(newest), _) => Here::Now(newest.since),
             (None, Some(left)) if left.elapsed() < LEASE => Here::Lately,
             (None, _) => Here::No,
+        }
+    }
+
+    /// What the session's workstation read of the Secret of this intercept.
+    pub(super) fn handover(&self, session: &str, intercept: &str) -> Option<Handover> {
+        let inner = self.inner();
+        let (handover, _) = inner.places.get(session)?.handovers.get(intercept)?;
+        Some(handover.clone())
+    }
+
+    /// Forgets what is about other intercepts than these.
+    pub(super) fn forget_handovers(&self, known: &BTreeSet<&str>) {
+        for place in self.inner().places.values_mut() {
+            place
+                .handovers
+                .retain(|id, (_, at)| known.contains(id.as_str()) || at.elapsed() < UNSEEN);
         }
     }
 
@@ -203,6 +240,18 @@ impl Workstations {
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    fn hand_over(&mut self, intercept: &str, handover: Handover) -> bool {
+        let is_known = self.handovers.contains_key(intercept);
+        let has_room = is_known || self.handovers.len() < HANDOVERS_MAX;
+        if has_room {
+            let now = Instant::now();
+            self.handovers.insert(intercept.to_owned(), (handover, now));
+        }
+        has_room
     }
 }
 

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tp_manager_api::Matchers;
 use tp_manager_api::intercept::{AttachMode, Workload, WorkloadKind};
+use tp_manager_api::tls::Found;
 
 use super::pod::PodFacts;
 use super::problem::Problem;
+use super::secret::Secret;
 use crate::inventory::Node;
 use crate::sessions::ObjectName;
 
@@ -36,6 +38,8 @@ pub(super) struct Held {
     pub(super) matchers: Matchers,
     /// No fallback.
     pub(super) strict: bool,
+    /// What opens TLS for it.
+    pub(super) tls: Option<Secret>,
     /// Reset what was open before, once it is idle.
     pub(super) close_idle: bool,
     /// How to attach.
@@ -110,6 +114,8 @@ pub(super) enum LinkState {
         routed: BTreeSet<String>,
         /// Connections to each intercepted port that were open before, once the agent has said.
         open_before: BTreeMap<u16, u32>,
+        /// By intercept, what keeps the agent from opening TLS.
+        unopened: BTreeMap<String, Found>,
     },
 }
 

@@ -7,13 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::Poll;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::AsyncWriteExt;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
 use super::Client;
 use super::body::Body;
 use super::head::{Doubt, Framing, Request, Response, Version, complete};
-use crate::upstream::{READ, Reader, Upstream, Writer, fill};
+use crate::socket::{SocketReader, SocketWriter};
+use crate::upstream::{READ, Reader, Upstream, Writer};
 
 /// How an exchange ended well.
 #[derive(Debug)]
@@ -126,7 +125,7 @@ pub(super) async fn exchange(
 }
 
 async fn send(
-    rx: &OwnedReadHalf,
+    rx: &mut SocketReader,
     buf: &mut BytesMut,
     tx: &mut Writer,
     out: &mut BytesMut,
@@ -141,7 +140,7 @@ async fn send(
         if done? {
             return Ok(());
         }
-        match fill(rx, buf).await {
+        match rx.fill(buf).await {
             Ok(0) | Err(_) => return Err(Stop::Client),
             Ok(_) => {}
         }
@@ -150,9 +149,14 @@ async fn send(
 
 /// Looks after the client while its answer is under way: its next requests wait here, its FIN is passed on, and when it
 /// is gone the exchange ends.
-async fn watch(rx: &OwnedReadHalf, buf: &mut BytesMut, ended: &mut bool, tx: &mut Writer) -> Stop {
+async fn watch(
+    rx: &mut SocketReader,
+    buf: &mut BytesMut,
+    ended: &mut bool,
+    tx: &mut Writer,
+) -> Stop {
     while buf.len() < READ {
-        match fill(rx, buf).await {
+        match rx.fill(buf).await {
             Err(_) => return Stop::Client,
             Ok(0) => {
                 *ended = true;
@@ -171,7 +175,7 @@ async fn watch(rx: &OwnedReadHalf, buf: &mut BytesMut, ended: &mut bool, tx: &mu
 async fn receive(
     rx: &mut Reader,
     buf: &mut BytesMut,
-    tx: &mut OwnedWriteHalf,
+    tx: &mut SocketWriter,
     request: &Request,
     marks: &[(&str, &str)],
     answered: &AtomicBool,
@@ -259,7 +263,7 @@ async fn head(rx: &mut Reader, buf: &mut BytesMut) -> Result<Option<Bytes>, Stop
     }
 }
 
-async fn write(tx: &mut OwnedWriteHalf, data: &[u8], rx: &mut Reader) -> Result<(), Stop> {
+async fn write(tx: &mut SocketWriter, data: &[u8], rx: &mut Reader) -> Result<(), Stop> {
     if data.is_empty() {
         return Ok(());
     }

@@ -7,22 +7,19 @@ mod exchange;
 pub mod head;
 
 use std::io;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::watch;
 use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
-use tp_tunnel::{Flow, Workstation};
+use tp_tunnel::Workstation;
 
 use super::{FALLBACK, Place, Shared, opaque, open, stopping};
 use crate::book::Live;
 use crate::budget::{EXCHANGE, LARGE, Share};
 use crate::route::{Decision, decide};
-use crate::upstream::{Dialing, READ, Reader, Upstream, Writer, dial, fill, reset_on_close};
+use crate::socket::{Socket, SocketReader, SocketWriter};
+use crate::upstream::{Dialing, READ, Reader, Upstream, Writer};
 use body::{Body, payload};
 use exchange::{Failure, Served, exchange};
 use head::{Doubt, Passage, Request, complete};
@@ -39,8 +36,8 @@ const FAREWELL: (Duration, usize) = (Duration::from_secs(1), 256 * 1024);
 
 /// The connection that requests come on.
 struct Client {
-    rx: OwnedReadHalf,
-    tx: OwnedWriteHalf,
+    rx: SocketReader,
+    tx: SocketWriter,
     /// Received and not yet understood.
     buf: BytesMut,
     /// The client has sent its FIN.
@@ -67,13 +64,13 @@ impl Upstreams {
     }
 
     /// The connection to the application, or a new one.
-    async fn app(&mut self, address: SocketAddr) -> io::Result<Upstream> {
-        let tcp = match (self.app.take(), self.dialing.take()) {
+    async fn app(&mut self, place: &Place) -> io::Result<Upstream> {
+        let socket = match (self.app.take(), self.dialing.take()) {
             (Some(upstream), _) => return Ok(upstream),
             (None, Some(dialing)) => dialing.await?,
-            (None, None) => dial(address).await?,
+            (None, None) => place.dial().await?,
         };
-        Ok(Upstream::app(tcp))
+        Ok(Upstream::app(socket))
     }
 }
 
@@ -102,7 +99,7 @@ enum Then {
 
 /// Serves one connection to its end. `early` was read from it, `app` is a connection to the application that nobody uses yet.
 pub(super) async fn serve(
-    client: TcpStream,
+    client: Socket,
     early: BytesMut,
     app: Option<Dialing>,
     place: Place,
@@ -127,7 +124,7 @@ pub(super) async fn serve(
             Next::End => return end(client, upstreams).await,
             Next::Lost => return client.reset(),
             Next::Refused(doubt) => return client.refuse(doubt).await,
-            Next::Unparsed => return client.pass_on(upstreams, place, Bytes::new()).await,
+            Next::Unparsed => return client.pass_on(upstreams, &place, Bytes::new()).await,
         };
         let request = match Request::parse(raw) {
             Ok(request) => request,
@@ -136,12 +133,13 @@ pub(super) async fn serve(
         let passage = Passage {
             peer: place.peer.ip(),
             continued: false,
+            decrypted: false,
         };
         if request.method() == "CONNECT" {
             // What follows is no HTTP, and matching it is nobody's wish.
             let mut head = BytesMut::new();
             request.write(passage, &mut head);
-            return client.pass_on(upstreams, place, head.freeze()).await;
+            return client.pass_on(upstreams, &place, head.freeze()).await;
         }
         let mut turn = Turn {
             client: &mut client,
@@ -150,7 +148,7 @@ pub(super) async fn serve(
             body: Body::new(request.framing),
             passage,
             buffered: BytesMut::new(),
-            place,
+            place: &place,
             shared,
         };
         match turn.serve().await {
@@ -162,7 +160,7 @@ pub(super) async fn serve(
                 let why = "the workstation of this intercept went away before it answered";
                 return client.answer(502, "Bad Gateway", why).await;
             }
-            Then::Tunnel(upstream) => return client.tunnel(*upstream).await,
+            Then::Tunnel(upstream) => return client.tunnel(*upstream, Bytes::new()).await,
         }
     }
 }
@@ -185,7 +183,7 @@ async fn next(
         loop {
             let filled = tokio::select! {
                 biased;
-                filled = fill(&client.rx, &mut client.buf) => filled,
+                filled = client.rx.fill(&mut client.buf) => filled,
                 () = stopping(stop) => return Next::End,
                 () = ended(upstreams.app.as_mut()) => {
                     upstreams.app = None;
@@ -231,7 +229,7 @@ async fn next(
                     return Next::Unparsed;
                 }
             }
-            match fill(&client.rx, &mut client.buf).await {
+            match client.rx.fill(&mut client.buf).await {
                 Ok(0) if client.buf.is_empty() => return Next::End,
                 Ok(0) => return Next::Refused(Doubt::Malformed("a header that does not end")),
                 Ok(_) => {}
@@ -247,19 +245,14 @@ async fn ended(upstream: Option<&mut Upstream>) {
     let Some(upstream) = upstream else {
         return std::future::pending().await;
     };
-    loop {
-        let readable = match &mut upstream.rx {
-            Reader::App(rx) => rx.readable().await.is_ok(),
-            Reader::Workstation(_) => {
-                drop(upstream.rx.fill(&mut upstream.buf).await);
-                return;
-            }
-        };
-        // The kernel may have spoken of bytes that were read long ago.
-        if !readable || !upstream.is_idle() {
-            return;
-        }
-    }
+    upstream.rx.stirred().await;
+}
+
+/// Who answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum To {
+    App,
+    Workstation,
 }
 
 /// One request and its answer.
@@ -271,18 +264,18 @@ struct Turn<'a> {
     passage: Passage,
     /// The part of the body that a matcher has looked at, as it will be sent.
     buffered: BytesMut,
-    place: Place,
+    place: &'a Place,
     shared: &'a Shared,
 }
 
 impl Turn<'_> {
     async fn serve(&mut self) -> Then {
         let port = self.shared.book.port(self.place.listen);
-        let request = self.request;
+        let (request, via) = (self.request, self.place.via());
         let head = request.to_match();
-        let decision = match decide(port.as_deref(), &head, None) {
+        let decision = match decide(port.as_deref(), via, &head, None) {
             Decision::NeedsBody => match self.operation().await {
-                Ok(operation) => decide(port.as_deref(), &head, Some(&operation)),
+                Ok(operation) => decide(port.as_deref(), via, &head, Some(&operation)),
                 Err(then) => return then,
             },
             decided @ (Decision::App | Decision::Mine(_)) => decided,
@@ -323,7 +316,7 @@ impl Turn<'_> {
                     .await;
                 go_on.map_err(|_| Then::Reset)?;
             }
-            let filling = fill(&self.client.rx, &mut self.client.buf);
+            let filling = self.client.rx.fill(&mut self.client.buf);
             match tokio::time::timeout_at(deadline, filling).await {
                 Err(_) => return Ok(nothing),
                 Ok(Ok(0)) => {
@@ -335,23 +328,28 @@ impl Turn<'_> {
         }
     }
 
-    fn head(&self) -> BytesMut {
+    fn head(&self, to: To) -> BytesMut {
         let mut out = BytesMut::new();
-        self.request.write(self.passage, &mut out);
+        let passage = Passage {
+            // The application sees for itself.
+            decrypted: to == To::Workstation && self.place.via().is_decrypted(),
+            ..self.passage
+        };
+        self.request.write(passage, &mut out);
         out.put_slice(&self.buffered);
         out
     }
 
     async fn by_app(&mut self, marks: &[(&str, &str)]) -> Then {
         let app = self.place.app;
-        let mut upstream = match self.upstreams.app(app).await {
+        let mut upstream = match self.upstreams.app(self.place).await {
             Ok(upstream) => upstream,
             Err(error) => {
                 tracing::debug!(%app, %error, "the application does not answer");
                 return Then::Reset;
             }
         };
-        let first = self.head();
+        let first = self.head(To::App);
         match self.exchange(&mut upstream, first, marks).await {
             Ok(Served::Kept) => {
                 self.upstreams.app = Some(upstream);
@@ -396,7 +394,7 @@ impl Turn<'_> {
                 Err(_) => return self.by_app(&[(FALLBACK, "1")]).await,
             },
         };
-        let first = self.head();
+        let first = self.head(To::Workstation);
         let mut served = self.exchange(&mut upstream, first, &[]).await;
         if let Err(Failure::Upstream {
             answered: false, ..
@@ -409,7 +407,7 @@ impl Turn<'_> {
                 return Then::Gone;
             };
             upstream = Upstream::workstation(flow);
-            let first = self.head();
+            let first = self.head(To::Workstation);
             served = self.exchange(&mut upstream, first, &[]).await;
         }
         match served {
@@ -455,8 +453,7 @@ impl Turn<'_> {
 fn abandon(upstream: Upstream) {
     // A flow is reset by being dropped.
     if let (Reader::App(rx), Writer::App(tx)) = (upstream.rx, upstream.tx) {
-        reset_on_close(rx.as_ref());
-        // Dropping it would send a FIN first.
+        rx.reset_on_close();
         tx.forget();
     }
 }
@@ -464,7 +461,7 @@ fn abandon(upstream: Upstream) {
 impl Client {
     /// Ends in good order, so that the last answer arrives.
     async fn finish(mut self) {
-        if self.tx.shutdown().await.is_err() || self.ended {
+        if self.tx.finish().await.is_err() || self.ended {
             return;
         }
         let (patience, most) = FAREWELL;
@@ -472,7 +469,7 @@ impl Client {
             let mut left = most;
             loop {
                 self.buf.clear();
-                match fill(&self.rx, &mut self.buf).await {
+                match self.rx.fill(&mut self.buf).await {
                     Ok(0) | Err(_) => return,
                     Ok(size) => left = left.saturating_sub(size),
                 }
@@ -486,8 +483,7 @@ impl Client {
     }
 
     fn reset(self) {
-        reset_on_close(self.rx.as_ref());
-        // Dropping it would send a FIN first.
+        self.rx.reset_on_close();
         self.tx.forget();
     }
 
@@ -513,55 +509,22 @@ impl Client {
         }
     }
 
-    fn whole(self) -> Option<(TcpStream, BytesMut)> {
-        let tcp = self.rx.reunite(self.tx).ok()?;
-        Some((tcp, self.buf))
-    }
-
     /// Hands the connection and what was read of it to the application, unparsed.
-    async fn pass_on(self, mut upstreams: Upstreams, place: Place, head: Bytes) {
-        let app = match upstreams.app(place.app).await {
-            Ok(app) => whole_app(app),
-            Err(_) => None,
-        };
-        let Some((app, answer)) = app else {
+    async fn pass_on(self, mut upstreams: Upstreams, place: &Place, head: Bytes) {
+        let Ok(app) = upstreams.app(place).await else {
             return self.reset();
         };
-        if let Some((tcp, rest)) = self.whole() {
-            let early = match head.is_empty() {
-                true => rest.freeze(),
-                false => [&head[..], &rest[..]].concat().into(),
-            };
-            opaque::to_app(tcp, app, early, answer.freeze()).await;
-        }
+        self.tunnel(app, head).await;
     }
 
-    /// Bytes only, after a 101.
-    async fn tunnel(self, upstream: Upstream) {
-        let Some((tcp, early)) = self.whole() else {
-            return;
+    /// Bytes only from here on, `head` first.
+    async fn tunnel(self, upstream: Upstream, head: Bytes) {
+        let early = match head.is_empty() {
+            true => self.buf.freeze(),
+            false => [&head[..], &self.buf[..]].concat().into(),
         };
-        match upstream {
-            Upstream {
-                rx: Reader::Workstation(rx),
-                tx: Writer::Workstation(tx),
-                buf,
-            } => {
-                let flow = Flow::from_io(rx, tx);
-                opaque::to_workstation(tcp, flow, early.freeze(), buf.freeze()).await;
-            }
-            app => {
-                if let Some((app, answer)) = whole_app(app) {
-                    opaque::to_app(tcp, app, early.freeze(), answer.freeze()).await;
-                }
-            }
+        if let Some(client) = Socket::reunite(self.rx, self.tx) {
+            opaque::join(client, upstream, early).await;
         }
-    }
-}
-
-fn whole_app(upstream: Upstream) -> Option<(TcpStream, BytesMut)> {
-    match (upstream.rx, upstream.tx) {
-        (Reader::App(rx), Writer::App(tx)) => Some((rx.reunite(tx).ok()?, upstream.buf)),
-        (Reader::App(_) | Reader::Workstation(_), _) => None,
     }
 }

@@ -1,14 +1,14 @@
-//! HTTP/2 from a client, by prior knowledge: each stream to whom it belongs.
+//! HTTP/2 from a client, by prior knowledge or by ALPN: each stream to whom it belongs.
 //!
 //! A client's connection has one connection to the application and one flow to each workstation that one of its streams
 //! belongs to; on them its streams are streams again, with their trailers and resets. gRPC is nothing special.
 
 mod intake;
+mod message;
 mod queued;
 
 use std::collections::{HashMap, hash_map};
 use std::future::poll_fn;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -20,12 +20,8 @@ use futures::{FutureExt, StreamExt};
 use h2::client::{ResponseFuture, SendRequest};
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
-use http::request::Parts;
-use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
-use tokio::net::TcpStream;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use tokio::sync::{mpsc, oneshot};
-use tp_manager_api::matcher::RequestHead;
 use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
 use tp_tunnel::{ByteStream, Workstation};
 
@@ -34,8 +30,10 @@ use super::{FALLBACK, Place, Shared, open, stopping};
 use crate::book::Live;
 use crate::budget::LARGE;
 use crate::route::{Decision, decide};
-use crate::upstream::{Dialing, dial};
+use crate::socket::Socket;
+use crate::upstream::Dialing;
 use intake::{End, Intake};
+use message::to_match;
 use queued::{QUEUE, Queue, Queued, Room};
 
 /// Streams that a stranger may have open on one connection.
@@ -66,8 +64,6 @@ pub(super) const CHARGE: usize = 2 * (WINDOW as usize + QUEUE) + 32 * 1024;
 /// How long a body that a matcher asks for may take. After it the request is nobody's.
 const BODY_TIMEOUT: Duration = Duration::from_secs(2);
 
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-
 /// `h2::client::Builder` and `h2::server::Builder` have equal methods and no common trait. What is not named here stays
 /// at h2's own limits, which are made for strangers.
 macro_rules! bounded {
@@ -83,13 +79,16 @@ macro_rules! bounded {
 
 /// Serves one connection to its end. `early` was read from it, `app` is a connection to the application that nobody uses yet.
 pub(super) async fn serve(
-    client: TcpStream,
+    client: Socket,
     early: BytesMut,
     app: Option<Dialing>,
     place: Place,
     shared: Arc<Shared>,
 ) {
-    let io = Prefixed { early, tcp: client };
+    let io = Prefixed {
+        early,
+        socket: client,
+    };
     let mut builder = h2::server::Builder::new();
     bounded!(builder, WINDOW).max_concurrent_streams(STREAMS_MAX);
     let Ok(mut connection) = builder.handshake::<_, Queued>(io).await else {
@@ -130,7 +129,7 @@ pub(super) async fn serve(
                 Ended::Stream | Ended::Workstation => {}
                 Ended::GivenUp => {
                     if given_up.one_more(Instant::now()) {
-                        tracing::debug!(peer = %place.peer, "too many streams reset by their client");
+                        tracing::debug!(peer = %peers.place.peer, "too many streams reset by their client");
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
                 }
@@ -237,12 +236,12 @@ impl Peers {
             answer(&mut respond, StatusCode::NOT_IMPLEMENTED, "no CONNECT here");
             return Ended::Stream;
         }
-        let port = self.shared.book.port(self.place.listen);
+        let (port, via) = (self.shared.book.port(self.place.listen), self.place.via());
         let to_match = to_match(&head);
-        let decision = match decide(port.as_deref(), &to_match, None) {
+        let decision = match decide(port.as_deref(), via, &to_match, None) {
             Decision::NeedsBody => {
                 let operation = self.operation(&mut body).await;
-                decide(port.as_deref(), &to_match, Some(&operation))
+                decide(port.as_deref(), via, &to_match, Some(&operation))
             }
             decided @ (Decision::App | Decision::Mine(_)) => decided,
         };
@@ -259,7 +258,7 @@ impl Peers {
         drop(to_match);
         match peer {
             Ok(peer) => {
-                let request = self.request(head);
+                let request = self.place.next_request(head, mine);
                 let exchange = Exchange {
                     respond,
                     to_client: self.to_client.clone(),
@@ -291,23 +290,6 @@ impl Peers {
             true => Operation::of_body(&body.peek()),
             false => Operation::default(),
         }
-    }
-
-    /// The request as the next hop gets it.
-    fn request(&self, mut head: Parts) -> Request<()> {
-        let peer = self.place.peer.ip().to_canonical();
-        append_forwarded_for(&mut head, peer);
-        let mut uri = std::mem::take(&mut head.uri).into_parts();
-        let host = head.headers.get(http::header::HOST);
-        let host = host.and_then(|host| Authority::try_from(host.as_bytes()).ok());
-        let app = || Authority::try_from(self.place.app.to_string()).ok();
-        uri.authority = uri.authority.or(host).or_else(app);
-        uri.scheme = uri.scheme.or(Some(Scheme::HTTP));
-        uri.path_and_query
-            .get_or_insert(PathAndQuery::from_static("/"));
-        head.uri = Uri::from_parts(uri).unwrap_or_default();
-        head.extensions.clear();
-        Request::from_parts(head, ())
     }
 
     /// A connection that takes a stream now.
@@ -363,7 +345,7 @@ impl Peers {
     }
 
     fn to_app(&self, peer: oneshot::Sender<Peer>) -> BoxFuture<'static, Ended> {
-        let address = self.place.app;
+        let place = self.place.clone();
         let spare = self
             .spare
             .lock()
@@ -372,15 +354,15 @@ impl Peers {
         Box::pin(async move {
             let dialed = match spare {
                 Some(spare) => spare.await,
-                None => dial(address).await,
+                None => place.dial().await,
             };
             match dialed {
-                Ok(tcp) => {
-                    speak(tcp, WINDOW, peer).await;
+                Ok(socket) => {
+                    speak(socket, WINDOW, peer).await;
                     Ended::App
                 }
                 Err(error) => {
-                    tracing::debug!(app = %address, %error, "the application does not answer");
+                    tracing::debug!(app = %place.app, %error, "the application does not answer");
                     Ended::Stream
                 }
             }
@@ -423,34 +405,6 @@ async fn speak(io: impl ByteStream, window: u32, peer: oneshot::Sender<Peer>) {
 }
 
 const GONE: &str = "the workstation of this intercept went away before it answered";
-
-fn to_match(head: &Parts) -> RequestHead<'_> {
-    let target = head.uri.path_and_query().map_or("/", PathAndQuery::as_str);
-    let fields = head
-        .headers
-        .iter()
-        .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
-    RequestHead::new(head.method.as_str(), target.as_bytes(), fields)
-}
-
-fn append_forwarded_for(head: &mut Parts, peer: IpAddr) {
-    let last = head.headers.get_all(FORWARDED_FOR).iter().next_back();
-    let value = match last {
-        Some(value) => [value.as_bytes(), b", ", peer.to_string().as_bytes()].concat(),
-        None => peer.to_string().into_bytes(),
-    };
-    let Ok(value) = HeaderValue::from_bytes(&value) else {
-        return;
-    };
-    match head.headers.entry(FORWARDED_FOR) {
-        http::header::Entry::Vacant(entry) => drop(entry.insert(value)),
-        http::header::Entry::Occupied(mut entry) => {
-            if let Some(last) = entry.iter_mut().next_back() {
-                *last = value;
-            }
-        }
-    }
-}
 
 /// An answer of our own.
 fn answer(respond: &mut SendResponse<Queued>, status: StatusCode, why: &str) {

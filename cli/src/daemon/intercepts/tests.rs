@@ -311,6 +311,7 @@ async fn one_intercept() -> (Arc<ApiServer>, Arc<SessionLease>, Intercepts) {
         container: None,
         matchers: Matchers::default(),
         strict: false,
+        tls_secret: None,
         close_idle: false,
         attach: AttachMode::Auto,
         held: false,

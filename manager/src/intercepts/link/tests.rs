@@ -3,13 +3,18 @@ use http::Request;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::mpsc;
 use tp_manager_api::route_table::{PortRoutes, Route};
+use tp_manager_api::tls::Credential;
 use tp_tunnel::carrier::tls::accept_tls;
 use tp_tunnel::{DialError, Dialed, Service, Target};
 
+use super::super::secret::tests::credential;
 use super::*;
 
 /// An agent that only hears what it is told.
-struct Hearing(mpsc::UnboundedSender<(Method, RouteTable)>);
+struct Hearing(mpsc::UnboundedSender<(Method, RouteTable)>, Gave);
+
+/// Ids of the credentials that were given, each time.
+type Gave = Arc<Mutex<Vec<String>>>;
 
 impl Service for Hearing {
     fn dial(&self, _: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
@@ -27,13 +32,25 @@ impl Service for Hearing {
     fn control(&self, request: Request<Bytes>) -> BoxFuture<'_, Response<Bytes>> {
         Box::pin(async move {
             let mut answer = Response::new(Bytes::new());
-            if request.uri().path() == CONNECTIONS_PATH {
-                let counted = r#"{"ports":[{"port":80,"open":3,"idle":1}]}"#;
-                *answer.body_mut() = Bytes::from_static(counted.as_bytes());
-            } else {
-                let table = serde_json::from_slice(request.body()).unwrap();
-                self.0.send((request.method().clone(), table)).unwrap();
-                *answer.status_mut() = StatusCode::NO_CONTENT;
+            match request.uri().path() {
+                CONNECTIONS_PATH => {
+                    let counted = r#"{"ports":[{"port":80,"open":3,"idle":1}]}"#;
+                    *answer.body_mut() = Bytes::from_static(counted.as_bytes());
+                }
+                FINDINGS_PATH => {
+                    let found = r#"{"ports":[{"intercept":"a","found":"noTls"}]}"#;
+                    *answer.body_mut() = Bytes::from_static(found.as_bytes());
+                }
+                CREDENTIALS_PATH => {
+                    let credential: Credential = serde_json::from_slice(request.body()).unwrap();
+                    lock(&self.1).push(credential.id().to_owned());
+                    *answer.status_mut() = StatusCode::NO_CONTENT;
+                }
+                _ => {
+                    let table = serde_json::from_slice(request.body()).unwrap();
+                    self.0.send((request.method().clone(), table)).unwrap();
+                    *answer.status_mut() = StatusCode::NO_CONTENT;
+                }
             }
             answer
         })
@@ -42,16 +59,25 @@ impl Service for Hearing {
 
 /// Listens as an agent with this key does, for ever.
 async fn agent(identity: Identity) -> (SocketAddr, mpsc::UnboundedReceiver<(Method, RouteTable)>) {
+    agent_that_gets(identity, Gave::default()).await
+}
+
+async fn agent_that_gets(
+    identity: Identity,
+    gave: Gave,
+) -> (SocketAddr, mpsc::UnboundedReceiver<(Method, RouteTable)>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (heard_tx, heard_rx) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Ok((tcp, _)) = listener.accept().await {
             let (identity, heard_tx) = (identity.clone(), heard_tx.clone());
+            let gave = Arc::clone(&gave);
             tokio::spawn(async move {
                 if let Ok((stream, _)) = accept_tls(tcp, &identity).await {
                     let never = std::future::pending();
-                    let _ = tp_tunnel::serve(stream, Arc::new(Hearing(heard_tx)), never).await;
+                    let _ =
+                        tp_tunnel::serve(stream, Arc::new(Hearing(heard_tx, gave)), never).await;
                 }
             });
         }
@@ -65,6 +91,7 @@ fn orders(ids: &[&str]) -> Orders {
         created: 1,
         matchers: Default::default(),
         strict: false,
+        tls: None,
     };
     let port = PortRoutes {
         listen: 80,
@@ -73,6 +100,7 @@ fn orders(ids: &[&str]) -> Orders {
     };
     Orders {
         table: RouteTable { ports: vec![port] },
+        credentials: BTreeMap::new(),
         close_idle: false,
     }
 }
@@ -108,6 +136,7 @@ async fn routes_are_pushed_when_they_change_and_withdrawn_at_the_end() {
         LinkState::Connected {
             routed,
             open_before,
+            ..
         } => Some((routed.len(), open_before.get(&80).copied())),
         LinkState::Dialing { .. } => None,
     };
@@ -120,6 +149,45 @@ async fn routes_are_pushed_when_they_change_and_withdrawn_at_the_end() {
     assert_eq!(ids(&heard.recv().await.unwrap().1), ["a", "b"]);
     drop(link);
     assert_eq!(heard.recv().await.unwrap().1, RouteTable::default());
+}
+
+#[tokio::test]
+async fn a_credential_is_given_before_the_routes_that_name_it_and_once() {
+    let (identity, gave) = (Identity::generate(), Gave::default());
+    let (address, mut heard) = agent_that_gets(identity.clone(), Arc::clone(&gave)).await;
+    let credential = credential();
+    let opened = |ids: &[&str]| {
+        let mut orders = orders(ids);
+        orders.table.ports[0].intercepts[0].tls = Some(credential.id().to_owned());
+        let known = (credential.id().to_owned(), credential.clone());
+        orders.credentials = BTreeMap::from([known]);
+        orders
+    };
+    let (link, mut news) = start(address, identity.key_hash(), opened(&["a"]));
+
+    let (_, table) = heard.recv().await.unwrap();
+    assert_eq!(
+        table.ports[0].intercepts[0].tls,
+        lock(&gave).first().cloned()
+    );
+    let unopened = |link: &Link| match link.state() {
+        LinkState::Connected { unopened, .. } => unopened,
+        LinkState::Dialing { .. } => BTreeMap::new(),
+    };
+    while unopened(&link).is_empty() {
+        news.changed().await.unwrap();
+    }
+    assert_eq!(unopened(&link)["a"], Found::NoTls);
+
+    link.set(opened(&["a", "b"]));
+    heard.recv().await.unwrap();
+    assert_eq!(lock(&gave).len(), 1);
+    // The agent forgets it with the first table that does not name it.
+    link.set(orders(&["a"]));
+    heard.recv().await.unwrap();
+    link.set(opened(&["a"]));
+    heard.recv().await.unwrap();
+    assert_eq!(lock(&gave).len(), 2);
 }
 
 #[tokio::test]

@@ -9,9 +9,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tp_manager_api::Matchers;
 use tp_manager_api::intercept::{AttachMode, Reason, Workload, WorkloadKind};
+use tp_manager_api::tls::Found;
 
 use super::super::pod::PodFacts;
 use super::super::pod::tests::{pod, with_agents};
+use super::super::secret::Secret;
+use super::super::secret::tests::credential;
 use super::super::world::{LinkView, NotLetIn, Restrictions, Scene};
 use super::*;
 use crate::inventory::Node;
@@ -43,6 +46,7 @@ fn held() -> Held {
         port: 8080,
         matchers: serde_json::from_value(matchers).unwrap(),
         strict: false,
+        tls: None,
         close_idle: false,
         attach: AttachMode::Auto,
         connected: true,
@@ -123,6 +127,7 @@ fn connected(ids: &[&str]) -> LinkState {
     LinkState::Connected {
         routed: ids.iter().map(|id| (*id).to_owned()).collect(),
         open_before: [(8080, 2)].into(),
+        unopened: BTreeMap::new(),
     }
 }
 
@@ -218,6 +223,31 @@ fn two_intercepts_of_a_pod_share_its_connection() {
         (table.ports[1].listen, ids(&table.ports[1])),
         (9090, vec!["id-3".into()])
     );
+}
+
+#[test]
+fn a_route_names_what_its_agent_is_given_and_an_application_of_another_key_is_named() {
+    let mut case = Case::new(vec![running("a")]);
+    case.held[0].tls = Some(Secret {
+        name: "web-tls".to_owned(),
+        credential: credential(),
+    });
+
+    let orders = case.plan().links["uid-a"].orders.clone();
+
+    let id = orders.table.ports[0].intercepts[0].tls.clone().unwrap();
+    assert_eq!(orders.credentials.keys().collect::<Vec<_>>(), [&id]);
+    let mut state = connected(&["id-1"]);
+    if let LinkState::Connected { unopened, .. } = &mut state {
+        unopened.insert("id-1".to_owned(), Found::OtherCertificate);
+    }
+    case = case.linked("a", "tp-agent-0-1-0-1", connected(&["id-1"]));
+    assert_eq!(case.reason(), None);
+    case = case.linked("a", "tp-agent-0-1-0-1", state);
+    assert_eq!(case.reason(), Some(Reason::TlsSecret));
+    let report = &case.plan().reports[0];
+    let what = &report.problem.as_ref().unwrap().what;
+    assert!(what.contains("pod a") && what.contains("web-tls"), "{what}");
 }
 
 #[test]

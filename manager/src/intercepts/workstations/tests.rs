@@ -6,6 +6,7 @@ use http::{Request, Response};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
+use tp_manager_api::tls::SecretTrouble;
 use tp_tunnel::{DialError, Dialed, Service, Target, Tunnel, serve};
 
 use super::*;
@@ -132,4 +133,41 @@ async fn who_left_is_expected_back_for_a_lease() {
 
     sleep(LEASE).await;
     assert_eq!(workstations.here("ada"), Here::No);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_handed_over_goes_with_its_intercept_and_with_its_workstation() {
+    let workstations = workstations();
+    let trouble = Handover::Trouble(SecretTrouble::Missing);
+    let seat = Seat::new(Arc::clone(&workstations), "ada");
+    assert!(
+        !seat.hand_over("id-1", trouble.clone()),
+        "nobody is connected"
+    );
+    let (_tunnel, serving) = connect(&workstations).await;
+
+    assert!(seat.hand_over("id-1", trouble.clone()));
+    assert_eq!(workstations.handover("ada", "id-1"), Some(trouble.clone()));
+    assert_eq!(workstations.handover("bob", "id-1"), None);
+    // The watch may be behind.
+    workstations.forget_handovers(&BTreeSet::new());
+    assert!(workstations.handover("ada", "id-1").is_some());
+    sleep(UNSEEN).await;
+    workstations.forget_handovers(&BTreeSet::from(["id-1"]));
+    assert!(workstations.handover("ada", "id-1").is_some());
+    workstations.forget_handovers(&BTreeSet::new());
+    assert_eq!(workstations.handover("ada", "id-1"), None);
+
+    for n in 0..HANDOVERS_MAX {
+        assert!(seat.hand_over(&n.to_string(), trouble.clone()));
+    }
+    assert!(!seat.hand_over("one-more", trouble.clone()));
+    assert!(
+        seat.hand_over("0", trouble),
+        "one that is known is replaced"
+    );
+    serving.abort();
+    sleep(LEASE).await;
+    workstations.assign(BTreeMap::new());
+    assert_eq!(workstations.handover("ada", "0"), None);
 }
