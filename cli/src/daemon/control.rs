@@ -215,6 +215,11 @@ impl Daemon {
         self.stream.into_inner()
     }
 
+    /// The same for a request whose outcome is said later, and perhaps has been already.
+    pub fn into_reader(self) -> BufReader<UnixStream> {
+        self.stream
+    }
+
     /// Waits until the daemon's process has gone, at most `limit`. Says whether it has.
     pub async fn gone(mut self, limit: Duration) -> bool {
         let mut rest = Vec::new();

@@ -37,9 +37,8 @@ impl Held {
     /// # Errors
     /// As [`super::intercepts::Intercepts::make`], or the daemon has gone.
     pub async fn wait(
-        stream: UnixStream,
+        mut stream: BufReader<UnixStream>,
     ) -> io::Result<Result<(Self, Vec<InterceptStatus>), Failure>> {
-        let mut stream = BufReader::new(stream);
         Ok(match read_line(&mut stream).await? {
             Answer::Ready(statuses) => Ok((Self(stream), statuses)),
             Answer::Failed(failure) => Err(failure),

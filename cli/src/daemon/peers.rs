@@ -186,7 +186,7 @@ impl Peer {
             std::io::Result::Ok((daemon, reply))
         };
         match asked.await {
-            Ok((daemon, Reply::Intercepting)) => match Held::wait(daemon.into_stream()).await {
+            Ok((daemon, Reply::Intercepting)) => match Held::wait(daemon.into_reader()).await {
                 Ok(made) => made,
                 Err(error) => Err(self.silent(&error.to_string())),
             },
