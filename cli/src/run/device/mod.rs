@@ -20,9 +20,6 @@ mod veth;
 /// The interface's name, as programs in the namespace see it.
 pub(super) const NAME: &str = "tp0";
 
-/// Longest IP packet on it: the largest multiple of 16 that IPv4 can say.
-pub(super) const MTU: u16 = 65_520;
-
 /// Packets that may wait for us. A packet lost here would cost a retransmission timeout of a second.
 const QUEUE: u32 = 2_000;
 
@@ -57,6 +54,9 @@ impl std::fmt::Display for Kind {
 /// How packets lie in what one kind of device reads and writes. Both calls answer `WouldBlock` rather than wait, if the
 /// descriptor was made non-blocking.
 pub trait Device: Send {
+    /// Longest IP packet on it, but for segments that are still to be cut.
+    fn mtu(&self) -> u16;
+
     /// Reads one packet into `buffer`, which has room for [`BUFFER`] bytes. Answers where in it the packet is.
     fn receive(
         &self,

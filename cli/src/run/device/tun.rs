@@ -8,7 +8,10 @@ use tp_netstack::{Offload, VIRTIO_HEADER};
 
 use super::super::netlink::{Link, Netlink};
 use super::super::sys;
-use super::{Device, HEADROOM, MTU, NAME, QUEUE, offload_of};
+use super::{Device, HEADROOM, NAME, QUEUE, offload_of};
+
+/// The largest multiple of 16 that IPv4 can say.
+const MTU: u16 = 65_520;
 
 pub(super) struct Tun;
 
@@ -26,6 +29,10 @@ pub(super) fn make(netlink: &mut Netlink) -> io::Result<(OwnedFd, u32)> {
 }
 
 impl Device for Tun {
+    fn mtu(&self) -> u16 {
+        MTU
+    }
+
     fn receive(
         &self,
         from: BorrowedFd<'_>,

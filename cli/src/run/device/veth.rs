@@ -12,7 +12,7 @@ use tp_netstack::{Checksum, Offload, Segments, VIRTIO_HEADER};
 
 use super::super::netlink::{Link, Netlink};
 use super::super::sys;
-use super::{Device, HEADROOM, MTU, NAME, QUEUE, offload_of};
+use super::{Device, HEADROOM, NAME, QUEUE, offload_of};
 
 /// Two addresses and a protocol.
 pub(super) const ETHERNET_HEADER: usize = 14;
@@ -27,6 +27,10 @@ const IPV6: [u8; 2] = [0x86, 0xdd];
 
 /// Bytes of frames that may wait for us; the kernel allows less on most machines, and takes this as a wish.
 const SOCKET_BUFFER: i32 = 8 << 20;
+
+/// That of Ethernet. Segments are cut and joined by the kernel, so it moves as much as a longer one; and congestion control,
+/// which counts in segments, can send little enough for the queue of a packet socket.
+const MTU: u16 = 1_500;
 
 pub(super) struct Veth;
 
@@ -49,6 +53,10 @@ pub(super) fn make(netlink: &mut Netlink) -> io::Result<(OwnedFd, u32)> {
 }
 
 impl Device for Veth {
+    fn mtu(&self) -> u16 {
+        MTU
+    }
+
     fn receive(
         &self,
         from: BorrowedFd<'_>,

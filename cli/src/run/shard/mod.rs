@@ -21,7 +21,7 @@ pub use self::pump::Pump;
 use self::tcp::Flow;
 pub use self::tcp::{Lent, Pending, Stream};
 pub use self::udp::Association;
-use super::device::{Device, MTU};
+use super::device::Device;
 
 mod pump;
 mod tcp;
@@ -72,7 +72,7 @@ struct Watch {
 /// The device cannot be waited for.
 pub fn open(device: Box<dyn Device>, descriptor: OwnedFd) -> io::Result<(Shard, Pump)> {
     let config = Config {
-        mtu: MTU,
+        mtu: device.mtu(),
         offload: DeviceOffload {
             checksum: true,
             tso4: true,
