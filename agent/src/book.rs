@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use tp_manager_api::route_table::{PortRoutes, Route, RouteTable, merge};
+use tp_manager_api::route_table::{Listen, PortRoutes, Protocol, Route, RouteTable, merge};
 use tp_manager_api::tls::Credential;
 
 /// Names the connection that pushed a table.
@@ -28,7 +28,7 @@ pub struct Book<W> {
 #[derive(Debug)]
 struct Inner<W> {
     pushed: BTreeMap<ConnectionId, Pushed<W>>,
-    ports: BTreeMap<u16, Arc<Port<W>>>,
+    ports: BTreeMap<Listen, Arc<Port<W>>>,
 }
 
 #[derive(Debug)]
@@ -120,25 +120,48 @@ impl<W: Clone> Book<W> {
         inner.rebuild();
     }
 
-    /// The intercepts of a port, if it has any.
+    /// The intercepts of a TCP port, if it has any.
     pub fn port(&self, listen: u16) -> Option<Arc<Port<W>>> {
+        self.port_of((Protocol::Tcp, listen))
+    }
+
+    /// The intercepts of a UDP port, if it has any.
+    pub fn udp_port(&self, listen: u16) -> Option<Arc<Port<W>>> {
+        self.port_of((Protocol::Udp, listen))
+    }
+
+    fn port_of(&self, listen: Listen) -> Option<Arc<Port<W>>> {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         inner.ports.get(&listen).cloned()
     }
 
-    /// The ports that have intercepts of this connection.
+    /// The TCP ports that have intercepts of this connection.
     pub fn ports_of(&self, connection: ConnectionId) -> Vec<u16> {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         let pushed = inner.pushed.get(&connection).into_iter();
         let ports = pushed.flat_map(|pushed| &pushed.table.ports);
-        let wanted = ports.filter(|port| !port.intercepts.is_empty());
+        let wanted =
+            ports.filter(|port| port.protocol == Protocol::Tcp && !port.intercepts.is_empty());
         wanted.map(|port| port.listen).collect()
     }
 
-    /// The ports that have intercepts.
+    /// The TCP ports that have intercepts.
     pub fn ports(&self) -> Vec<u16> {
+        self.listens(Protocol::Tcp)
+    }
+
+    /// The UDP ports that have intercepts.
+    pub fn udp_ports(&self) -> Vec<u16> {
+        self.listens(Protocol::Udp)
+    }
+
+    fn listens(&self, wanted: Protocol) -> Vec<u16> {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        inner.ports.keys().copied().collect()
+        let of_protocol = inner
+            .ports
+            .keys()
+            .filter(|(protocol, _)| *protocol == wanted);
+        of_protocol.map(|(_, port)| *port).collect()
     }
 }
 
@@ -205,6 +228,7 @@ mod tests {
             })
             .collect();
         let port = PortRoutes {
+            protocol: Protocol::Tcp,
             listen: 80,
             app: 8080,
             intercepts,

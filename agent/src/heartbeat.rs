@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! worker ──► parent   live 80 8080    twice a second, and at every change: it works, and these ports want traffic
+//! worker ──► parent   live 53=40001   the same, and UDP port 53 is to come to port 40001
 //! worker ◄── parent   live 80 8080    at every change: these ports are redirected now
 //! worker ──► parent   close 80        reset the idle connections to these ports that bypass the agent
 //! worker ◄── parent   close 80        it is done
@@ -26,23 +27,47 @@ const LINE_MAX: u64 = 1024;
 /// How long the parent may take to do what it is asked for.
 pub const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Ports that are redirected, or are to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ports {
+    /// Those of TCP, which all come to one port.
+    pub tcp: Vec<u16>,
+    /// Those of UDP, each with the port that it comes to.
+    pub udp: Vec<(u16, u16)>,
+}
+
+impl Ports {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.tcp.is_empty() && self.udp.is_empty()
+    }
+
+    /// Whether all these are among them.
+    fn have(&self, tcp: &[u16], udp: &[u16]) -> bool {
+        let has_udp = |port: &u16| self.udp.iter().any(|(known, _)| known == port);
+        tcp.iter().all(|port| self.tcp.contains(port)) && udp.iter().all(has_udp)
+    }
+}
+
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Word {
     /// These ports want traffic; or get it.
-    Live(Vec<u16>),
+    Live(Ports),
     /// Idle connections to these ports are to be reset; or were.
     Close(Vec<u16>),
 }
 
 impl fmt::Display for Word {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (word, ports) = match self {
-            Self::Live(ports) => ("live", ports),
-            Self::Close(ports) => ("close", ports),
+        let (word, tcp, udp) = match self {
+            Self::Live(Ports { tcp, udp }) => ("live", tcp, &udp[..]),
+            Self::Close(ports) => ("close", ports, &[][..]),
         };
         f.write_str(word)?;
-        ports.iter().try_for_each(|port| write!(f, " {port}"))?;
+        tcp.iter().try_for_each(|port| write!(f, " {port}"))?;
+        udp.iter()
+            .try_for_each(|(port, own)| write!(f, " {port}={own}"))?;
         f.write_str("\n")
     }
 }
@@ -65,12 +90,18 @@ fn parse(line: &[u8]) -> Option<Word> {
     let line = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
     let mut words = line.split(' ');
     let word = words.next()?;
-    let ports = words.map(|word| word.parse().ok().filter(|port| *port != 0));
-    let ports: Vec<u16> = ports.collect::<Option<_>>()?;
+    let number = |word: &str| word.parse().ok().filter(|port: &u16| *port != 0);
+    let (mut tcp, mut udp) = (Vec::new(), Vec::new());
+    for word in words {
+        match word.split_once('=') {
+            Some((port, own)) => udp.push((number(port)?, number(own)?)),
+            None => tcp.push(number(word)?),
+        }
+    }
     match word {
-        _ if ports.len() > PORTS_MAX => None,
-        "live" => Some(Word::Live(ports)),
-        "close" => Some(Word::Close(ports)),
+        _ if tcp.len() + udp.len() > PORTS_MAX => None,
+        "live" => Some(Word::Live(Ports { tcp, udp })),
+        "close" if udp.is_empty() => Some(Word::Close(tcp)),
         _ => None,
     }
 }
@@ -87,7 +118,7 @@ pub fn say_to(mut out: impl Write) -> impl FnMut(&Word) -> io::Result<()> {
 #[derive(Debug, Default)]
 pub struct Heard {
     /// Ports that are redirected.
-    redirected: Vec<u16>,
+    redirected: Ports,
     /// How often idle connections were closed.
     closed: u64,
 }
@@ -126,9 +157,9 @@ impl Parent {
     }
 
     /// Waits until the kernel redirects all these ports. False after [`PATIENCE`].
-    pub(crate) async fn redirects(&self, ports: &[u16]) -> bool {
+    pub(crate) async fn redirects(&self, tcp: &[u16], udp: &[u16]) -> bool {
         let mut heard = self.heard.clone();
-        let all = heard.wait_for(|heard| ports.iter().all(|port| heard.redirected.contains(port)));
+        let all = heard.wait_for(|heard| heard.redirected.have(tcp, udp));
         matches!(timeout(PATIENCE, all).await, Ok(Ok(_)))
     }
 
@@ -158,11 +189,22 @@ mod tests {
     #[test]
     fn a_worker_can_say_ports_and_nothing_else() {
         for ports in [vec![], vec![80], vec![80, 8080, 65535]] {
-            for word in [Word::Live(ports.clone()), Word::Close(ports)] {
+            let udp = vec![(53, 40001)];
+            let live = |udp| {
+                Word::Live(Ports {
+                    tcp: ports.clone(),
+                    udp,
+                })
+            };
+            for word in [live(Vec::new()), live(udp), Word::Close(ports.clone())] {
                 assert_eq!(parse(word.to_string().as_bytes()), Some(word));
             }
         }
-        assert_eq!(Word::Live(vec![80, 8080]).to_string(), "live 80 8080\n");
+        let ports = Ports {
+            tcp: vec![80, 8080],
+            udp: vec![(53, 40001)],
+        };
+        assert_eq!(Word::Live(ports).to_string(), "live 80 8080 53=40001\n");
         let many = format!("live{}\n", " 80".repeat(65));
         for bad in [
             &b"live 80"[..],
@@ -173,6 +215,10 @@ mod tests {
             b"close 0\n",
             b"\n",
             b"live -1\n",
+            b"live 53=\n",
+            b"live 53=0\n",
+            b"live 53=1=2\n",
+            b"close 53=40001\n",
             b"live 80\r\n",
             b"\xff\n",
             many.as_bytes(),

@@ -13,7 +13,7 @@
 //! 2. It dials port 15008 ([`tp_tunnel::carrier::tls::connect_tls`]) with its own key and expects that of
 //!    [`tp_tunnel::Identity::from_seed`]; then it is the client of a tunnel ([`tp_tunnel::Tunnel::establish_with`]). It pings every
 //!    second ([`tp_tunnel::Settings::ping_interval`]): a manager that is silent for three is dropped.
-//! 3. It keeps some [`tp_tunnel::Tunnel::accept`] waiting. Each [`tp_tunnel::Incoming`] names the uid of an intercept; the manager
+//! 3. It keeps some [`tp_tunnel::Tunnel::accept`] waiting, for connections and for flows of datagrams alike. Each [`tp_tunnel::Incoming`] names the uid of an intercept; the manager
 //!    offers it to the session's own [`tp_tunnel::Workstation::open`], says `opened()` or `refuse()` within the second that
 //!    the agent waits, and joins the two with [`tp_tunnel::join`]. A workstation that is suspect is refused at once.
 //! 4. It PUTs a [`tp_manager_api::RouteTable`] with *its own* intercepts to [`tp_manager_api::route_table::ROUTES_PATH`] when they change
@@ -32,6 +32,7 @@
 pub mod book;
 pub mod budget;
 pub mod bypass;
+pub mod datagrams;
 pub mod front;
 pub mod heartbeat;
 pub mod parent;

@@ -14,7 +14,7 @@ use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use crate::bypass;
-use crate::heartbeat::{Word, next};
+use crate::heartbeat::{Ports, Word, next};
 use crate::redirect::Redirect;
 
 /// User and group of the worker; no account of any image.
@@ -57,7 +57,7 @@ pub async fn run(
             }
         };
         // First of all, new connections go to the application.
-        redirect.refresh(&[])?;
+        redirect.refresh(&Ports::default())?;
         match stopped {
             true => {
                 stop(&mut child, input, &end).await;
@@ -99,7 +99,7 @@ async fn follow(
         return "it has no pipes".to_owned();
     };
     // Nothing is redirected before the first word.
-    let mut redirected: Vec<u16> = Vec::new();
+    let mut redirected = Ports::default();
     loop {
         let word = tokio::select! {
             ended = child.wait() => return ended_by(ended),
@@ -121,7 +121,7 @@ async fn follow(
             }
             Ok(Ok(Word::Close(mut ports))) => {
                 // Others are none of a worker's business.
-                ports.retain(|port| redirected.contains(port));
+                ports.retain(|port| redirected.tcp.contains(port));
                 if let Err(error) = bypass::close_idle(&ports) {
                     tracing::warn!(%error, "cannot close idle connections");
                 }

@@ -3,9 +3,11 @@
 //! ```text
 //! table inet tp-agent {
 //!     set live { type inet_service; flags timeout; }
+//!     map live-udp { type inet_service : inet_service; flags timeout; }
 //!     chain inbound {
 //!         type nat hook prerouting priority dstnat;
 //!         tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :PORT
+//!         redirect to :udp dport map @live-udp
 //!     }
 //! }
 //! ```
@@ -13,7 +15,8 @@
 //! Nothing is redirected unless its port is in `live`, and what is in `live` vanishes after [`LIFE`] unless it is
 //! refreshed: whatever dies, the kernel sends new connections to the application again. The flags are there because the
 //! kernel begins to track connections only when the table comes: the next segment of one that is older would look new,
-//! and be redirected into a reset. Connections that a pod opens to
+//! and be redirected into a reset. A datagram does not say where it wanted to go, so each UDP port has a port of its own
+//! that it comes to; the kernel gives answers from there the first one again. Connections that a pod opens to
 //! itself do not pass this hook, so the worker's own connections to the application are never redirected.
 
 use std::io;
@@ -26,6 +29,8 @@ use rustix::net::{
     sockopt,
 };
 
+use crate::heartbeat::Ports;
+
 /// How long a port is redirected without being refreshed.
 pub const LIFE: Duration = Duration::from_secs(3);
 
@@ -35,6 +40,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const TABLE: &str = "tp-agent";
 const CHAIN: &str = "inbound";
 const SET: &str = "live";
+const MAP: &str = "live-udp";
 
 /// The rule, and the right to change what it applies to. Dropping it leaves the rule behind; its ports run out.
 #[derive(Debug)]
@@ -66,23 +72,30 @@ impl Redirect {
             }
             batch.message(message::NEWCHAIN, inbound_chain);
             batch.message(message::NEWSET, live_set);
+            batch.message(message::NEWSET, live_map);
             batch.message(message::NEWRULE, |attributes| rule(attributes, to));
+            batch.message(message::NEWRULE, udp_rule);
         })?;
         Ok(redirect)
     }
 
     /// Redirects these ports and no others, for [`LIFE`].
-    pub fn refresh(&mut self, ports: &[u16]) -> io::Result<()> {
+    pub fn refresh(&mut self, ports: &Ports) -> io::Result<()> {
+        let tcp: Vec<_> = ports.tcp.iter().map(|port| (*port, None)).collect();
+        let udp = ports.udp.iter().map(|(port, own)| (*port, Some(*own)));
+        let udp: Vec<_> = udp.collect();
         self.commit(|batch| {
-            // Without elements it empties the set; both take effect at once.
-            batch.message(message::DELSETELEM, |attributes| {
-                attributes.text(1, TABLE);
-                attributes.text(2, SET);
-            });
-            if !ports.is_empty() {
-                batch.message(message::NEWSETELEM, |attributes| {
-                    elements(attributes, ports)
+            for (set, ports) in [(SET, tcp), (MAP, udp)] {
+                // Without elements it empties the set; both take effect at once.
+                batch.message(message::DELSETELEM, |attributes| {
+                    attributes.text(1, TABLE);
+                    attributes.text(2, set);
                 });
+                if !ports.is_empty() {
+                    batch.message(message::NEWSETELEM, |attributes| {
+                        elements(attributes, set, &ports)
+                    });
+                }
             }
         })
     }
@@ -150,15 +163,30 @@ fn live_set(attributes: &mut Attributes<'_>) {
     attributes.number(10, 1); // names it inside of this transaction
 }
 
-/// `NFTA_SET_ELEM_LIST_*`, `NFTA_SET_ELEM_*`.
-fn elements(attributes: &mut Attributes<'_>, ports: &[u16]) {
+/// The same from one port to another.
+fn live_map(attributes: &mut Attributes<'_>) {
     attributes.text(1, TABLE);
-    attributes.text(2, SET);
+    attributes.text(2, MAP);
+    attributes.number(3, 0x10 | 0x08); // NFT_SET_TIMEOUT, NFT_SET_MAP
+    attributes.number(4, 13);
+    attributes.number(5, 2);
+    attributes.number(6, 13);
+    attributes.number(7, 2);
+    attributes.number(10, 2);
+}
+
+/// `NFTA_SET_ELEM_LIST_*`, `NFTA_SET_ELEM_*`: ports, and for a map what each leads to.
+fn elements(attributes: &mut Attributes<'_>, set: &str, ports: &[(u16, Option<u16>)]) {
+    attributes.text(1, TABLE);
+    attributes.text(2, set);
     let life = u64::try_from(LIFE.as_millis()).unwrap_or(u64::MAX);
     attributes.nested(3, |list| {
-        for port in ports {
+        for (port, to) in ports {
             list.nested(1, |element| {
                 element.nested(1, |key| key.bytes(1, &port.to_be_bytes()));
+                if let Some(to) = to {
+                    element.nested(2, |data| data.bytes(1, &to.to_be_bytes()));
+                }
                 element.bytes(4, &life.to_be_bytes());
             });
         }
@@ -196,16 +224,43 @@ fn rule(attributes: &mut Attributes<'_>, to: u16) {
             immediate.number(1, REGISTER);
             immediate.nested(2, |data| data.bytes(1, &to.to_be_bytes()));
         });
-        expression(list, "redir", |redir| {
-            redir.number(1, REGISTER);
-            redir.number(3, 2); // NF_NAT_RANGE_PROTO_SPECIFIED
+        redirect_to_register(list);
+    });
+}
+
+/// redirect to :udp dport map @live-udp
+fn udp_rule(attributes: &mut Attributes<'_>) {
+    attributes.text(1, TABLE);
+    attributes.text(2, CHAIN);
+    attributes.nested(4, |list| {
+        expression(list, "meta", |meta| {
+            meta.number(1, REGISTER);
+            meta.number(2, 16); // NFT_META_L4PROTO
         });
+        equal(list, 17); // IPPROTO_UDP
+        // The destination port is where TCP has it.
+        transport(list, 2, 2);
+        expression(list, "lookup", |lookup| {
+            lookup.text(1, MAP);
+            lookup.number(2, REGISTER);
+            lookup.number(3, REGISTER); // where it leads
+            lookup.number(4, 2);
+        });
+        redirect_to_register(list);
     });
 }
 
 const REGISTER: u32 = 1;
 
-/// Loads bytes of the TCP header.
+/// To the port in the register.
+fn redirect_to_register(list: &mut Attributes<'_>) {
+    expression(list, "redir", |redir| {
+        redir.number(1, REGISTER);
+        redir.number(3, 2); // NF_NAT_RANGE_PROTO_SPECIFIED
+    });
+}
+
+/// Loads bytes of the TCP or UDP header.
 fn transport(list: &mut Attributes<'_>, offset: u32, size: u32) {
     expression(list, "payload", |payload| {
         payload.number(1, REGISTER);

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
@@ -13,8 +13,9 @@ use tp_tunnel::{Identity, KeyHash};
 
 use crate::book::Book;
 use crate::budget::{Budget, Share};
+use crate::datagrams::Sockets;
 use crate::front::{self, Place, Shared, stopping};
-use crate::heartbeat::{Parent, Word};
+use crate::heartbeat::{Parent, Ports, Word};
 use crate::workstation;
 
 /// How often the worker tells its parent that it works.
@@ -90,6 +91,7 @@ pub async fn serve(
         changed: Notify::new(),
         parent,
         stop: stop.clone(),
+        own: OnceLock::new(),
     });
     let mut accepting = JoinSet::new();
     for inbound in listeners.inbound {
@@ -102,22 +104,23 @@ pub async fn serve(
         Arc::clone(&shared),
         stop,
     ));
+    let mut datagrams = Sockets::default();
     let mut ticks = tokio::time::interval(HEARTBEAT);
     tokio::pin!(shutdown);
     loop {
         tokio::select! {
             () = &mut shutdown => break,
-            () = shared.changed.notified() => say(&wanted(&shared))?,
+            () = shared.changed.notified() => say(&wanted(&shared, &mut datagrams))?,
             ports = next_close(close.as_mut()) => say(&Word::Close(ports))?,
             _ = ticks.tick() => {
                 shared.book.expire(Instant::now());
-                say(&wanted(&shared))?;
+                say(&wanted(&shared, &mut datagrams))?;
             }
             Some(ended) = accepting.join_next() => report_panic(ended),
         }
     }
     // Nothing new from the kernel, then the end of what is there.
-    say(&Word::Live(Vec::new()))?;
+    say(&Word::Live(Ports::default()))?;
     stop_tx.send_replace(true);
     while let Some(ended) = accepting.join_next().await {
         report_panic(ended);
@@ -125,12 +128,15 @@ pub async fn serve(
     Ok(())
 }
 
-/// The ports whose new connections are to come here.
-fn wanted(shared: &Shared) -> Word {
+/// The ports whose new connections and datagrams are to come here.
+fn wanted(shared: &Arc<Shared>, datagrams: &mut Sockets) -> Word {
     Word::Live(match shared.budget.is_strained() {
         // They go to the application by themselves then.
-        true => Vec::new(),
-        false => shared.book.ports(),
+        true => Ports::default(),
+        false => Ports {
+            tcp: shared.book.ports(),
+            udp: datagrams.follow(shared),
+        },
     })
 }
 

@@ -14,7 +14,7 @@ use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
 use tp_manager_api::RouteTable;
-use tp_manager_api::route_table::{CONNECTIONS_PATH, ROUTES_PATH};
+use tp_manager_api::route_table::{CONNECTIONS_PATH, Listen, Protocol, ROUTES_PATH};
 use tp_manager_api::tls::{CREDENTIALS_PATH, Credential, FINDINGS_PATH};
 use tp_tunnel::carrier::tls::accept_tls;
 use tp_tunnel::server::serve_with;
@@ -71,6 +71,8 @@ pub async fn serve(
         tracing::warn!(%key, "a peer that is not the manager was refused");
         return;
     }
+    // It stays the same for the pod's life.
+    let _ = shared.own.set(own);
     let service = Arc::new(Agent {
         own,
         connection: CONNECTIONS.fetch_add(1, Ordering::Relaxed),
@@ -102,13 +104,13 @@ const CREDENTIALS_MAX: usize = 64;
 
 impl Agent {
     async fn put_routes(&self, body: &[u8]) -> Response<Bytes> {
-        let ports = match self.push(body) {
+        let (tcp, udp) = match self.push(body) {
             Ok(ports) => ports,
             Err(why) => return status(StatusCode::BAD_REQUEST, why.into()),
         };
         self.shared.changed.notify_one();
         let redirected = match &self.shared.parent {
-            Some(parent) => parent.redirects(&ports).await,
+            Some(parent) => parent.redirects(&tcp, &udp).await,
             None => true,
         };
         match redirected {
@@ -145,8 +147,8 @@ impl Agent {
         }
     }
 
-    /// Takes a table; returns its intercepted ports.
-    fn push(&self, body: &[u8]) -> Result<Vec<u16>, String> {
+    /// Takes a table; returns its intercepted ports, of TCP and of UDP.
+    fn push(&self, body: &[u8]) -> Result<(Vec<u16>, Vec<u16>), String> {
         let table: RouteTable = serde_json::from_slice(body).map_err(|error| error.to_string())?;
         table.check().map_err(|error| error.to_string())?;
         let workstation = self.workstation.get().cloned();
@@ -156,11 +158,14 @@ impl Agent {
             .ports
             .iter()
             .filter(|port| !port.intercepts.is_empty());
-        let ports = wanted.map(|port| port.listen).collect();
+        let (tcp, udp): (Vec<_>, Vec<_>) = wanted
+            .map(|port| (port.protocol, port.listen))
+            .partition(|(protocol, _)| *protocol == Protocol::Tcp);
+        let numbers = |ports: Vec<Listen>| ports.into_iter().map(|(_, port)| port).collect();
         let book = &self.shared.book;
         let pushed = (table, credentials);
         book.push(self.connection, pushed, workstation, Instant::now());
-        Ok(ports)
+        Ok((numbers(tcp), numbers(udp)))
     }
 
     /// The credentials of a table; all others are forgotten.

@@ -26,7 +26,7 @@ pub use server::{Dialed, Service, serve, serve_with};
 pub use settings::Settings;
 pub use streams::{
     Attention, DatagramFlow, DatagramReceiver, DatagramSender, Ended, Flow, FlowReader,
-    FlowReceiver, FlowSender, FlowWriter, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Relayed,
-    Workstation, descriptors_are_scarce, join, relay, set_up_flow_socket,
+    FlowReceiver, FlowSender, FlowWriter, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Refusal,
+    Relayed, Workstation, descriptors_are_scarce, join, relay, relay_datagrams, set_up_flow_socket,
 };
 pub use target::{Host, ParseTargetError, Target};

@@ -28,7 +28,7 @@ use crate::proxy_status::{DialError, PROXY_STATUS};
 use crate::settings::{CONTROL_REQUEST_MAX, DNS_MESSAGE_MAX, Settings, UNANSWERED_MAX};
 use crate::streams::accept::ACCEPT_PATH;
 use crate::streams::body::{self, BodyError};
-use crate::streams::{DatagramFlow, Flow, FlowSender, Workstation, datagram, relay};
+use crate::streams::{DatagramFlow, Flow, FlowSender, Refusal, Workstation, datagram, relay};
 use crate::target::Target;
 
 /// What a connection may reach. One value per connection, so it knows whose it is.
@@ -246,7 +246,8 @@ impl Handler {
                 let stream = respond.send_response(response, false)?;
                 let idle = self.link.settings.datagram_idle;
                 let flow = DatagramFlow::new(stream, request.into_body(), self.link);
-                let relay = pin!(datagram::relay_datagrams(flow, dialed.socket, idle));
+                let relay = datagram::relay_datagrams(flow, dialed.socket, idle, Refusal::IsLost);
+                let relay = pin!(relay);
                 unless_revoked(dialed.revoked, relay).await;
                 Ok(())
             }

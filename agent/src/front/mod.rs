@@ -9,8 +9,8 @@ pub(crate) mod tls;
 mod unparsed;
 
 use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -45,6 +45,8 @@ pub struct Shared {
     pub changed: Notify,
     /// Who changes the packet filter; `None` where nobody redirects.
     pub parent: Option<Parent>,
+    /// The pod's address, as the manager found it.
+    pub own: OnceLock<IpAddr>,
     /// Connections are to end: what is idle at once, what is under way after its answer.
     pub stop: watch::Receiver<bool>,
 }
@@ -322,7 +324,7 @@ impl First {
 }
 
 /// Offers a flow to a workstation. Nothing of the request has been sent before this returns.
-async fn open(live: &Live<Workstation>, peer: SocketAddr) -> Result<Flow, NotOpened> {
+pub(crate) async fn open(live: &Live<Workstation>, peer: SocketAddr) -> Result<Flow, NotOpened> {
     let opened = live.workstation.open(&live.route.id, peer).await;
     if let Err(error) = &opened {
         tracing::debug!(intercept = live.route.id, %error, "not opened");

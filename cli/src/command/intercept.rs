@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 use serde::Serialize;
 use tp_manager_api::intercept::AttachMode;
+use tp_manager_api::route_table::Protocol;
 
 use super::child::{self, Signals};
 use super::connect::before_command;
@@ -45,8 +46,14 @@ pub struct Args {
     /// The workload, as WORKLOAD or KIND/WORKLOAD: Deployment, StatefulSet, DaemonSet, ReplicaSet or Pod
     #[arg(short, long, value_name = "WORKLOAD")]
     pub workload: Option<String>,
-    /// Port on the workstation, and the Service's port by name or number; repeatable [default: the only port, as it is]
-    #[arg(short, long, value_name = "LOCAL[:REMOTE]", value_delimiter = ',')]
+    /// Port on the workstation, and the Service's port by name or number, `/udp` after it for datagrams; repeatable [default: the
+    /// only port, as it is]
+    #[arg(
+        short,
+        long,
+        value_name = "LOCAL[:REMOTE][/udp]",
+        value_delimiter = ','
+    )]
     pub port: Vec<PortFlag>,
     /// Host that LOCAL is a port of, such as a container's address [default: this machine]
     #[arg(long, value_name = "HOST")]
@@ -214,13 +221,16 @@ impl Args {
         let ports = self.ports(&found, &services)?;
         let of_port = ports
             .iter()
-            .find_map(|(_, target)| target.container.as_deref());
+            .find_map(|(_, _, target)| target.container.as_deref());
         let container = found.container(self.container.as_deref(), of_port)?;
         let mut warnings = chosen.warnings;
         let variables = self
             .variables(&cluster, &namespace, &found, &container, &mut warnings)
             .await?;
-        let curl = ports.iter().find_map(|(_, target)| {
+        let connections = ports
+            .iter()
+            .filter(|(_, protocol, _)| *protocol == Protocol::Tcp);
+        let curl = connections.into_iter().find_map(|(_, _, target)| {
             let url = base_url(target, &namespace, self.tls_secret.is_some())?;
             example::curl_arguments(&chosen.matchers, &url)
         });
@@ -229,7 +239,7 @@ impl Args {
             workload: found.workload.clone(),
             ports: ports
                 .into_iter()
-                .map(|(local, target)| wanted_port(local, target))
+                .map(|(local, protocol, target)| wanted_port(local, protocol, target))
                 .collect(),
             container: Some(container),
             matchers: chosen.matchers,
@@ -253,10 +263,11 @@ impl Args {
         &self,
         found: &Found,
         services: &[k8s_openapi::api::core::v1::Service],
-    ) -> Result<Vec<(LocalAddress, Target)>, Failure> {
+    ) -> Result<Vec<(LocalAddress, Protocol, Target)>, Failure> {
         let scene = found.scene(services);
-        let choose = |remote: Option<&str>| {
-            let target = scene.choose(self.service.as_deref(), self.container.as_deref(), remote);
+        let choose = |remote: Option<&str>, protocol| {
+            let (service, container) = (self.service.as_deref(), self.container.as_deref());
+            let target = scene.choose(service, container, remote, protocol);
             target.map_err(|failure| failure.within(format!("cannot intercept {}", found.workload)))
         };
         let local = |port| LocalAddress {
@@ -264,17 +275,25 @@ impl Args {
             port,
         };
         if self.port.is_empty() {
-            let target = choose(None)?;
-            return Ok(vec![(local(target.port), target)]);
+            let target = choose(None, Protocol::Tcp)?;
+            return Ok(vec![(local(target.port), Protocol::Tcp, target)]);
         }
-        let mut ports: Vec<(LocalAddress, Target)> = Vec::new();
+        let mut ports: Vec<(LocalAddress, Protocol, Target)> = Vec::new();
         for flag in &self.port {
-            let target = choose(flag.remote.as_deref())?;
-            if ports.iter().any(|(_, other)| other.port == target.port) {
+            if flag.protocol == Protocol::Udp && !self.matchers.global {
+                let what = "datagrams are no requests that could be chosen from";
+                let failure = Failure::new(what).exit(report::USAGE);
+                return Err(failure.hint("`--global` takes all that comes to a UDP port"));
+            }
+            let target = choose(flag.remote.as_deref(), flag.protocol)?;
+            let same = |(_, protocol, other): &(LocalAddress, Protocol, Target)| {
+                *protocol == flag.protocol && other.port == target.port
+            };
+            if ports.iter().any(same) {
                 let what = format!("port {} was given twice", target.port);
                 return Err(Failure::new(what).exit(report::USAGE));
             }
-            ports.push((local(flag.local), target));
+            ports.push((local(flag.local), flag.protocol, target));
         }
         Ok(ports)
     }
@@ -354,9 +373,10 @@ impl Args {
     }
 }
 
-fn wanted_port(local: LocalAddress, target: Target) -> WantedPort {
+fn wanted_port(local: LocalAddress, protocol: Protocol, target: Target) -> WantedPort {
     WantedPort {
         port: target.port,
+        protocol,
         service: target.service.map(|(name, _)| name),
         local,
     }
@@ -449,8 +469,16 @@ fn told(statuses: &[InterceptStatus], curl: Option<&[String]>) -> String {
         };
         let pods = report::counted(status.pods_attached, "pod");
         text += &escaped(&format!(
-            "{}: port {} of {}{by} in {pods} leads to {}",
-            status.name, status.port, status.workload, status.local
+            "{}: port {}{} of {}{by} in {pods} leads to {}",
+            status.name,
+            status.port,
+            if status.protocol == Protocol::Udp {
+                "/udp"
+            } else {
+                ""
+            },
+            status.workload,
+            status.local
         ));
         text.push('\n');
     }

@@ -5,7 +5,7 @@
 //! connection is up, and refused when there is none, so that the application answers instead.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -13,10 +13,14 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tp_tunnel::{Incoming, OPENED_TIMEOUT, OpenError, Tunnel, relay, set_up_flow_socket};
+use tp_manager_api::route_table::Protocol;
+use tp_tunnel::{
+    Incoming, OPENED_TIMEOUT, OpenError, Refusal, Tunnel, relay, relay_datagrams,
+    set_up_flow_socket,
+};
 
 /// Streams that wait at a time: as many flows can arrive at once without waiting for a round trip.
 const POSTED: usize = 32;
@@ -49,6 +53,8 @@ pub struct Counts {
 pub struct Way {
     /// Where to.
     pub to: LocalAddress,
+    /// What is carried there.
+    pub protocol: Protocol,
     /// What went there.
     pub counts: Arc<Counts>,
 }
@@ -79,6 +85,26 @@ impl LocalAddress {
                 TcpStream::connect(&loopback[..]).await
             }
         }
+    }
+
+    /// A socket for datagrams to it. Loopback is IPv4's.
+    ///
+    /// # Errors
+    /// It is known that no program of this machine has the port, or the name has no address.
+    async fn associate(&self) -> io::Result<UdpSocket> {
+        if self.host.is_none() && !may_be_taken(self.port) {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        let host = self.host.as_deref().unwrap_or("127.0.0.1");
+        let mut found = tokio::net::lookup_host((host, self.port)).await?;
+        let to = found.next().ok_or(io::ErrorKind::NotFound)?;
+        let any: IpAddr = match to {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind((any, 0)).await?;
+        socket.connect(to).await?;
+        Ok(socket)
     }
 }
 
@@ -149,12 +175,51 @@ async fn accept(tunnel: &Tunnel, ways: &Arc<impl Ways>, relays: &mut JoinSet<()>
     }
 }
 
+/// Whether a program of this machine has the UDP port, as Linux says; elsewhere it may. A datagram would have to be lost to
+/// find out.
+fn may_be_taken(port: u16) -> bool {
+    let tables = ["/proc/net/udp", "/proc/net/udp6"].map(std::fs::read_to_string);
+    let ending = format!(":{port:04X}");
+    let has = |line: &str| {
+        let local = line.split_whitespace().nth(1);
+        local.is_some_and(|local| local.ends_with(&ending))
+    };
+    tables.iter().all(Result::is_err) || tables.iter().flatten().any(|table| table.lines().any(has))
+}
+
+/// How long a flow of datagrams lives without one.
+const DATAGRAM_IDLE: Duration = Duration::from_secs(60);
+
+/// One flow of datagrams. A local program that goes away shows with the next of them: that one is lost, and those after it are
+/// the application's.
+async fn join_datagrams(incoming: Incoming, way: Way) {
+    let socket = match way.to.associate().await {
+        Ok(socket) => socket,
+        Err(error) => {
+            way.counts.refused.fetch_add(1, Relaxed);
+            tracing::info!(%error, to = %way.to, "the application answers instead");
+            return incoming.refuse().await;
+        }
+    };
+    match incoming.opened().await {
+        Ok(flow) => {
+            way.counts.flows.fetch_add(1, Relaxed);
+            let flow = flow.into_datagrams();
+            relay_datagrams(flow, socket, DATAGRAM_IDLE, Refusal::Ends).await;
+        }
+        Err(error) => tracing::debug!(%error, "the offer was withdrawn"),
+    }
+}
+
 /// One flow, from the offer to its end.
 async fn join(mut incoming: Incoming, ways: Arc<impl Ways>) {
     let Some(way) = ways.way(incoming.intercept()) else {
         tracing::warn!(intercept = incoming.intercept(), "offered, and not ours");
         return incoming.refuse().await;
     };
+    if way.protocol == Protocol::Udp {
+        return join_datagrams(incoming, way).await;
+    }
     // The other side gives up by then.
     let dialled = tokio::select! {
         dialled = tokio::time::timeout(OPENED_TIMEOUT, way.to.connect()) => {

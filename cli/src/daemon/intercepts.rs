@@ -78,6 +78,7 @@ impl Ways for Intercepts {
         })?;
         Some(Way {
             to: entry.wanted.local.clone(),
+            protocol: entry.wanted.protocol,
             counts: Arc::clone(&entry.counts),
         })
     }
@@ -133,10 +134,11 @@ impl Intercepts {
         for port in &wanted.ports {
             let spec = self.spec(wanted, port, &user)?;
             let object = self.post(&cluster, spec).await?;
-            let knows_secrets = object.spec.tls_secret == wanted.tls_secret;
+            let knows_all = object.spec.tls_secret == wanted.tls_secret
+                && object.spec.protocol == port.protocol;
             self.keep(&wanted.name, port.clone(), object);
-            if !knows_secrets {
-                return Err(secrets::unknown());
+            if !knows_all {
+                return Err(older_release());
             }
         }
         Ok(())
@@ -255,6 +257,7 @@ impl Intercepts {
             session: session.name,
             workload: wanted.workload.clone(),
             port: port.port,
+            protocol: port.protocol,
             service: port.service.clone(),
             container: wanted.container.clone(),
             matchers: wanted.matchers.as_slice().to_vec(),
@@ -444,6 +447,7 @@ impl Entry {
             object: self.object.clone(),
             workload: seen.spec().workload.to_string(),
             port: self.wanted.port,
+            protocol: self.wanted.protocol,
             service: self.wanted.service.clone(),
             local: self.wanted.local.to_string(),
             matchers: seen.spec().matchers.clone(),
@@ -521,6 +525,12 @@ async fn follow_until_refused(
             }
         }
     }
+}
+
+/// The cluster keeps nothing of a field that its release does not know.
+fn older_release() -> Failure {
+    Failure::new("the cluster's release knows neither `--tls-secret` nor UDP ports")
+        .hint("an administrator brings it up to date with `tp upgrade`")
 }
 
 fn unknown_kind() -> Failure {

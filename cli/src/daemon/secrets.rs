@@ -2,7 +2,7 @@
 //!
 //! A certificate and its key are handed over when an intercept is made, when a tunnel has come up (the manager keeps them
 //! in memory only, and for as long as the workstation is there), and whenever the Secret was found changed: it is read
-//! again every [`REREAD`]. A Secret that is gone, or may not be read any more, ends its use. Nothing of it is kept here.
+//! again every minute. A Secret that is gone, or may not be read any more, ends its use. Nothing of it is kept here.
 
 use std::time::Duration;
 
@@ -48,12 +48,6 @@ pub(super) async fn check(
             .because(trouble.what(name, namespace, user))
             .hint(trouble.cure(name, namespace, user))),
     }
-}
-
-/// The cluster keeps nothing of a field that its release does not know.
-pub(super) fn unknown() -> Failure {
-    Failure::new("the cluster's release does not know `--tls-secret`")
-        .hint("an administrator brings it up to date with `tp upgrade`")
 }
 
 /// Keeps the manager told for as long as it is polled.

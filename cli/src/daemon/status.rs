@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tp_manager_api::Matcher;
+use tp_manager_api::route_table::Protocol;
 
 use crate::report::Failure;
 
@@ -195,6 +196,8 @@ pub struct InterceptStatus {
     pub workload: String,
     /// The container's port.
     pub port: u16,
+    /// What is carried to it.
+    pub protocol: Protocol,
     /// Service by which it was asked for.
     pub service: Option<String>,
     /// Where its requests go on this workstation's side.

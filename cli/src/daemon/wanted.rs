@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tp_manager_api::Matchers;
 use tp_manager_api::intercept::{AttachMode, Workload};
+use tp_manager_api::route_table::Protocol;
 
 use super::inbound::LocalAddress;
 
@@ -36,6 +37,8 @@ pub struct Wanted {
 pub struct WantedPort {
     /// The container's port.
     pub port: u16,
+    /// What is carried to it.
+    pub protocol: Protocol,
     /// Service by which it is reached.
     pub service: Option<String>,
     /// Where it leads.

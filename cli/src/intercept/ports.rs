@@ -7,38 +7,47 @@ use std::str::FromStr;
 use k8s_openapi::api::core::v1::{Container, PodSpec, Service, ServicePort};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt as _;
+use tp_manager_api::route_table::Protocol;
 
 use crate::report::Failure;
 
-/// `LOCAL[:REMOTE]`.
+/// `LOCAL[:REMOTE][/udp]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortFlag {
     /// Port on the workstation.
     pub local: u16,
     /// Name or number of a Service's port, or of a container's.
     pub remote: Option<String>,
+    /// What is carried to it.
+    pub protocol: Protocol,
 }
 
 impl FromStr for PortFlag {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let expected =
-            || "expected LOCAL or LOCAL:REMOTE, such as 8080, 8080:80 or 8080:http".to_owned();
+        let expected = || {
+            "expected LOCAL or LOCAL:REMOTE, such as 8080, 8080:80, 8080:http or 5353:53/udp"
+                .to_owned()
+        };
+        let (text, protocol) = match text.rsplit_once('/') {
+            Some((text, udp)) if udp.eq_ignore_ascii_case("udp") => (text, Protocol::Udp),
+            Some((text, tcp)) if tcp.eq_ignore_ascii_case("tcp") => (text, Protocol::Tcp),
+            Some(_) => return Err(expected()),
+            None => (text, Protocol::Tcp),
+        };
         let (local, remote) = match text.split_once(':') {
             Some((local, remote)) => (local, Some(remote)),
             None => (text, None),
         };
         let local = local.parse().ok().filter(|port| *port != 0);
-        if remote.is_some_and(|remote| remote.to_ascii_lowercase().ends_with("/udp")) {
-            return Err("UDP ports cannot be intercepted".to_owned());
-        }
         if remote.is_some_and(|remote| remote.is_empty() || remote.contains([':', '/'])) {
             return Err(expected());
         }
         Ok(Self {
             local: local.ok_or_else(expected)?,
             remote: remote.map(str::to_owned),
+            protocol,
         })
     }
 }
@@ -84,14 +93,18 @@ impl Scene<'_> {
     /// Every TCP port: first those that Services lead to, in their order, then what containers declare besides.
     #[must_use]
     pub fn targets(&self) -> Vec<Target> {
+        self.targets_of(Protocol::Tcp)
+    }
+
+    fn targets_of(&self, wanted: Protocol) -> Vec<Target> {
         let before = self
             .services
             .iter()
             .filter(|service| self.is_before(service));
         let mut targets: Vec<_> = before
-            .flat_map(|service| self.of_service(service))
+            .flat_map(|service| self.of_service(service, wanted))
             .collect();
-        for (container, declared) in self.declared() {
+        for (container, declared) in self.declared(wanted) {
             let port = declared.0;
             if targets.iter().all(|target| target.port != port) {
                 targets.push(Target {
@@ -114,8 +127,9 @@ impl Scene<'_> {
         service: Option<&str>,
         container: Option<&str>,
         remote: Option<&str>,
+        protocol: Protocol,
     ) -> Result<Target, Failure> {
-        let mut targets = self.targets();
+        let mut targets = self.targets_of(protocol);
         let known = listed(&targets);
         targets.retain(|target| {
             let of_service = service.is_none_or(|wanted| {
@@ -150,7 +164,7 @@ impl Scene<'_> {
         meant.dedup_by_key(|target| target.port);
         match meant.len() {
             1 => Ok(meant.remove(0)),
-            0 => Err(nothing(service, remote, &known)),
+            0 => Err(nothing(service, remote, protocol, &known)),
             _ => Err(Failure::new("it is not clear which port is meant")
                 .because(format!("there is {}", listed(&meant)))
                 .hint("say which: `-p LOCAL:PORT`, and `--service` where two Services have it")),
@@ -171,15 +185,19 @@ impl Scene<'_> {
         })
     }
 
-    fn of_service<'b>(&'b self, service: &'b Service) -> impl Iterator<Item = Target> + 'b {
+    fn of_service<'b>(
+        &'b self,
+        service: &'b Service,
+        wanted: Protocol,
+    ) -> impl Iterator<Item = Target> + 'b {
         let ports = service
             .spec
             .iter()
             .flat_map(|spec| spec.ports.iter().flatten());
         ports
-            .filter(|port| is_tcp(port.protocol.as_deref()))
-            .filter_map(|port| {
-                let (target, container) = self.led_to(port)?;
+            .filter(move |port| is(port.protocol.as_deref(), wanted))
+            .filter_map(move |port| {
+                let (target, container) = self.led_to(port, wanted)?;
                 Some(Target {
                     port: target,
                     service: Some((service.name_any(), u16::try_from(port.port).ok()?)),
@@ -190,9 +208,9 @@ impl Scene<'_> {
     }
 
     /// The container's port that a Service's port leads to, and the container that declares it.
-    fn led_to(&self, port: &ServicePort) -> Option<(u16, Option<String>)> {
+    fn led_to(&self, port: &ServicePort, protocol: Protocol) -> Option<(u16, Option<String>)> {
         let container_of = |wanted: u16| {
-            let mut declared = self.declared();
+            let mut declared = self.declared(protocol);
             declared
                 .find(|(_, (port, _))| *port == wanted)
                 .map(|(container, _)| container.name.clone())
@@ -205,7 +223,7 @@ impl Scene<'_> {
                 .ok()
                 .map(|port| (port, container_of(port))),
             Some(IntOrString::String(name)) => {
-                let mut declared = self.declared();
+                let mut declared = self.declared(protocol);
                 declared
                     .find(|(_, (_, declared))| declared.as_ref() == Some(name))
                     .map(|(container, (port, _))| (port, Some(container.name.clone())))
@@ -213,8 +231,11 @@ impl Scene<'_> {
         }
     }
 
-    /// TCP ports of the containers, native sidecars included, with their names.
-    fn declared(&self) -> impl Iterator<Item = (&Container, (u16, Option<String>))> {
+    /// Ports of the containers, native sidecars included, with their names.
+    fn declared(
+        &self,
+        wanted: Protocol,
+    ) -> impl Iterator<Item = (&Container, (u16, Option<String>))> {
         let sidecars = self.spec.init_containers.iter().flatten();
         let sidecars =
             sidecars.filter(|container| container.restart_policy.as_deref() == Some("Always"));
@@ -222,10 +243,10 @@ impl Scene<'_> {
             .containers
             .iter()
             .chain(sidecars)
-            .flat_map(|container| {
+            .flat_map(move |container| {
                 let ports = container.ports.iter().flatten();
                 ports
-                    .filter(|port| is_tcp(port.protocol.as_deref()))
+                    .filter(move |port| is(port.protocol.as_deref(), wanted))
                     .filter_map(move |port| {
                         let number = u16::try_from(port.container_port).ok()?;
                         Some((container, (number, port.name.clone())))
@@ -234,8 +255,16 @@ impl Scene<'_> {
     }
 }
 
-fn is_tcp(protocol: Option<&str>) -> bool {
-    protocol.is_none_or(|protocol| protocol == "TCP")
+fn is(protocol: Option<&str>, wanted: Protocol) -> bool {
+    protocol.unwrap_or("TCP") == spelled(wanted)
+}
+
+/// As Kubernetes spells it.
+fn spelled(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "TCP",
+        Protocol::Udp => "UDP",
+    }
 }
 
 /// By a Service's name or number first, as clients know the port; only then by the container's.
@@ -256,14 +285,20 @@ fn named(targets: &[Target], remote: &str) -> Vec<Target> {
     }
 }
 
-fn nothing(service: Option<&str>, remote: Option<&str>, known: &str) -> Failure {
+fn nothing(
+    service: Option<&str>,
+    remote: Option<&str>,
+    protocol: Protocol,
+    known: &str,
+) -> Failure {
+    let kind = spelled(protocol);
     let what = match (service, remote) {
         (Some(service), Some(remote)) => {
-            format!("no Service {service} leads to the workload by a TCP port {remote}")
+            format!("no Service {service} leads to the workload by a {kind} port {remote}")
         }
         (Some(service), None) => format!("no Service {service} leads to the workload"),
-        (None, Some(remote)) => format!("the workload has no TCP port {remote}"),
-        (None, None) => "the workload has no TCP port that is known".to_owned(),
+        (None, Some(remote)) => format!("the workload has no {kind} port {remote}"),
+        (None, None) => format!("the workload has no {kind} port that is known"),
     };
     match known {
         "" => Failure::new(what)
@@ -296,7 +331,14 @@ mod tests {
         for bad in ["", "0", "x", "80:", ":80", "70000", "1:2:3", "1:2/x"] {
             assert!(bad.parse::<PortFlag>().is_err(), "{bad}");
         }
-        assert!("53:53/UDP".parse::<PortFlag>().unwrap_err().contains("UDP"));
+        for (text, protocol) in [
+            ("5353:53/udp", Protocol::Udp),
+            ("5353:dns/UDP", Protocol::Udp),
+            ("5353/udp", Protocol::Udp),
+            ("80:80/tcp", Protocol::Tcp),
+        ] {
+            assert_eq!(text.parse::<PortFlag>().unwrap().protocol, protocol);
+        }
     }
 
     fn chosen(
@@ -316,7 +358,7 @@ mod tests {
             spec: &spec,
             services: &services,
         };
-        scene.choose(service, container, remote)
+        scene.choose(service, container, remote, Protocol::Tcp)
     }
 
     fn service(name: &str, app: &str, ports: Value) -> Value {

@@ -20,6 +20,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::matcher::{Matcher, MatcherError, Matchers, intercept_name};
+use crate::route_table::Protocol;
 use crate::session::ClientInfo;
 
 /// What is intercepted, for whom.
@@ -65,6 +66,10 @@ pub struct InterceptSpec {
     #[schemars(with = "i32", range(min = 1, max = 65535))]
     #[x_kube(validation = kept("port"))]
     pub port: u16,
+    /// What is carried to the port. A datagram is no request, so an intercept of a UDP port has no matchers.
+    #[serde(default)]
+    #[x_kube(validation = kept("protocol"))]
+    pub protocol: Protocol,
     /// Service by which the user named the port, for people. Nothing is decided by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
@@ -182,12 +187,11 @@ impl InterceptSpec {
     pub fn object_name(&self) -> Result<String, MatcherError> {
         let matchers = Matchers::try_new(self.matchers.iter().cloned())?;
         let kind = self.workload.kind.as_str().to_lowercase();
-        Ok(intercept_name(
-            &kind,
-            &self.workload.name,
-            self.port,
-            &matchers,
-        ))
+        let port = match self.protocol {
+            Protocol::Tcp => self.port.to_string(),
+            Protocol::Udp => format!("{}/udp", self.port),
+        };
+        Ok(intercept_name(&kind, &self.workload.name, port, &matchers))
     }
 }
 
@@ -469,7 +473,7 @@ mod tests {
     #[test]
     fn what_an_intercept_is_cannot_change() {
         let properties = &schema()["properties"];
-        for field in ["user", "workload", "port", "matchers"] {
+        for field in ["user", "workload", "port", "protocol", "matchers"] {
             let rules = &properties[field]["x-kubernetes-validations"];
             assert_eq!(rules[0]["rule"], "self == oldSelf", "{field}");
         }

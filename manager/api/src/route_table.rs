@@ -34,10 +34,31 @@ pub struct RouteTable {
     pub ports: Vec<PortRoutes>,
 }
 
+/// What is carried to a port.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize, Serialize,
+)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum Protocol {
+    /// Connections.
+    #[default]
+    #[serde(rename = "TCP")]
+    Tcp,
+    /// Datagrams.
+    #[serde(rename = "UDP")]
+    Udp,
+}
+
+/// A port and what is carried to it.
+pub type Listen = (Protocol, u16);
+
 /// One intercepted port.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PortRoutes {
+    /// What is carried to it. Intercepts of UDP ports take everything.
+    #[serde(default)]
+    pub protocol: Protocol,
     /// Port that clients of the pod connect to.
     pub listen: u16,
     /// Port that the application listens on; the same one where the kernel redirects.
@@ -115,7 +136,7 @@ impl RouteTable {
         }
         let mut seen = std::collections::BTreeSet::new();
         for port in &self.ports {
-            if port.listen == 0 || port.app == 0 || !seen.insert(port.listen) {
+            if port.listen == 0 || port.app == 0 || !seen.insert((port.protocol, port.listen)) {
                 return Err(TableError::Port(port.listen));
             }
         }
@@ -133,11 +154,11 @@ pub(crate) fn is_uid(id: &str) -> bool {
 
 /// The tables of all replicas as one: by port, the oldest intercept first, equal ages by uid. Where replicas disagree on
 /// a port's application the first table wins; an intercept that two replicas push stands there once.
-pub fn merge<'a>(tables: impl IntoIterator<Item = &'a RouteTable>) -> BTreeMap<u16, PortRoutes> {
-    let mut merged: BTreeMap<u16, PortRoutes> = BTreeMap::new();
+pub fn merge<'a>(tables: impl IntoIterator<Item = &'a RouteTable>) -> BTreeMap<Listen, PortRoutes> {
+    let mut merged: BTreeMap<Listen, PortRoutes> = BTreeMap::new();
     for port in tables.into_iter().flat_map(|table| &table.ports) {
         merged
-            .entry(port.listen)
+            .entry((port.protocol, port.listen))
             .or_insert_with(|| PortRoutes {
                 intercepts: Vec::new(),
                 ..*port
@@ -170,6 +191,7 @@ mod tests {
     fn table(port: u16, routes: &[(&str, i64)]) -> RouteTable {
         RouteTable {
             ports: vec![PortRoutes {
+                protocol: Protocol::Tcp,
                 listen: port,
                 app: port,
                 intercepts: routes.iter().map(|(id, at)| route(id, *at)).collect(),
@@ -183,8 +205,8 @@ mod tests {
             table(80, &[("d", 2), ("b", 1)]),
             table(80, &[("c", 1), ("b", 1)]),
         );
-        let ids = |merged: BTreeMap<u16, PortRoutes>| -> Vec<String> {
-            merged[&80]
+        let ids = |merged: BTreeMap<Listen, PortRoutes>| -> Vec<String> {
+            merged[&(Protocol::Tcp, 80)]
                 .intercepts
                 .iter()
                 .map(|route| route.id.clone())
@@ -214,6 +236,9 @@ mod tests {
     fn tables_out_of_bounds_are_refused() {
         let mut twice = table(80, &[]);
         twice.ports.extend(table(80, &[]).ports);
+        twice.ports[1].protocol = Protocol::Udp;
+        assert_eq!(twice.check(), Ok(()), "a port of UDP is another one");
+        twice.ports[1].protocol = Protocol::Tcp;
         assert_eq!(twice.check(), Err(TableError::Port(80)));
         assert_eq!(table(0, &[]).check(), Err(TableError::Port(0)));
         assert_eq!(

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
 use tp_manager_api::intercept::{Intercept, Reason};
+use tp_manager_api::route_table::Protocol;
 use tp_manager_api::tls::Handover;
 
 use super::problem::Problem;
@@ -102,6 +103,7 @@ pub(super) fn hold(
         created: created(intercept),
         workload: spec.workload.clone(),
         port: spec.port,
+        protocol: spec.protocol,
         matchers: known.matchers.clone().unwrap_or_default(),
         strict: spec.strict,
         close_idle: spec.close_idle,
@@ -126,6 +128,11 @@ fn wrong(known: &Known, session: Option<&SessionView>, others: &[&Intercept]) ->
     if let Err(error) = &known.matchers {
         let cure = "make another Intercept with matchers that can be used";
         return Some(Problem::lasting(Reason::Matchers, error.to_string(), cure));
+    }
+    if spec.protocol == Protocol::Udp && !spec.matchers.is_empty() {
+        let what = "a datagram is no request that matchers could choose";
+        let cure = "make another Intercept without matchers, which takes everything";
+        return Some(Problem::lasting(Reason::Matchers, what, cure));
     }
     let name = known.proper_name.as_deref().unwrap_or_default();
     if intercept.metadata.name.as_deref() != Some(name) {
@@ -180,6 +187,7 @@ fn takes_all_before(other: &Intercept, intercept: &Intercept) -> bool {
         && other.metadata.namespace == intercept.metadata.namespace
         && other.spec.workload == intercept.spec.workload
         && other.spec.port == intercept.spec.port
+        && other.spec.protocol == intercept.spec.protocol
         && other.is_ready()
         && age(other) < age(intercept)
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tp_manager_api::AGENT_PORT;
 use tp_manager_api::intercept::{Reason, Workload};
-use tp_manager_api::route_table::{PortRoutes, Route, RouteTable};
+use tp_manager_api::route_table::{PortRoutes, Protocol, Route, RouteTable};
 use tp_manager_api::tls::Credential;
 
 use super::pod::{AgentState, PodFacts};
@@ -126,7 +126,10 @@ fn serve(
         if counts {
             report.pods.push((Arc::clone(&pod.name), problem));
         }
-        if let Some(LinkState::Connected { open_before, .. }) = link_state(world, pod) {
+        // Datagrams have no connections.
+        if let (Protocol::Tcp, Some(LinkState::Connected { open_before, .. })) =
+            (held.protocol, link_state(world, pod))
+        {
             let open = open_before.get(&held.port).copied();
             report.open_before = match (report.open_before, open) {
                 (None, open) => open,
@@ -183,9 +186,12 @@ impl Orders {
             tls: id,
         };
         let ports = &mut self.table.ports;
-        match ports.iter_mut().find(|port| port.listen == held.port) {
+        let same =
+            |port: &&mut PortRoutes| (port.protocol, port.listen) == (held.protocol, held.port);
+        match ports.iter_mut().find(same) {
             Some(port) => port.intercepts.push(route),
             None => ports.push(PortRoutes {
+                protocol: held.protocol,
                 listen: held.port,
                 app: held.port,
                 intercepts: vec![route],

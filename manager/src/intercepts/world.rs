@@ -8,6 +8,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tp_manager_api::Matchers;
 use tp_manager_api::intercept::{AttachMode, Workload, WorkloadKind};
+use tp_manager_api::route_table::Protocol;
 use tp_manager_api::tls::Found;
 
 use super::pod::PodFacts;
@@ -34,6 +35,8 @@ pub(super) struct Held {
     pub(super) workload: Workload,
     /// Port of the pods.
     pub(super) port: u16,
+    /// What is carried to it.
+    pub(super) protocol: Protocol,
     /// Which requests.
     pub(super) matchers: Matchers,
     /// No fallback.

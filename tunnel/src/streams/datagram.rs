@@ -21,7 +21,7 @@ use crate::link::Link;
 use crate::meter::OpenFlow;
 use crate::settings::FRAME_PAYLOAD;
 use crate::streams::capsule::{self, Decoder, PAYLOAD_MAX};
-use crate::streams::flow::FlowReceiver;
+use crate::streams::flow::{Flow, FlowReceiver};
 use crate::target::{Host, Target, parse_port};
 
 /// The client's end of one UDP flow. Datagrams stay whole; some may be lost, as with UDP itself.
@@ -63,6 +63,21 @@ impl DatagramFlow {
             link,
             _open: open,
         };
+        Self { sender, receiver }
+    }
+
+    /// An inbound flow whose bytes are datagrams in capsules: both ends know that its intercept is about UDP.
+    pub(crate) fn of(flow: Flow) -> Self {
+        let (sender, body) = flow.into_split();
+        let (stream, link, open) = sender.into_datagrams();
+        let sender = DatagramSender {
+            stream,
+            allowance: Allowance::default(),
+            link,
+            _open: open,
+        };
+        let decoder = Decoder::default();
+        let receiver = DatagramReceiver { body, decoder };
         Self { sender, receiver }
     }
 
@@ -162,24 +177,44 @@ thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; PAYLOAD_MAX].into());
 }
 
-/// Joins a flow with a connected socket until it was idle for `idle` or either side ends it.
-pub(crate) async fn relay_datagrams(flow: DatagramFlow, socket: UdpSocket, idle: Duration) {
+/// What it means that nobody has the port that a socket is connected to (ICMP port unreachable).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The datagram is lost and the flow goes on, as with any way.
+    IsLost,
+    /// The flow ends with a reset, so that the next datagrams can go elsewhere.
+    Ends,
+}
+
+/// Joins a flow with a connected socket until it was idle for `idle`, either side ends it, or the other end refuses and that
+/// ends it. Dropping it resets the flow.
+pub async fn relay_datagrams(
+    flow: DatagramFlow,
+    socket: UdpSocket,
+    idle: Duration,
+    refusal: Refusal,
+) {
     let (mut sender, mut receiver) = flow.into_split();
     // A new socket counts as full until the runtime has asked the kernel, and that would lose the first datagram.
     if socket.writable().await.is_err() {
         return;
     }
+    let ends = |error: &io::Error| {
+        refusal == Refusal::Ends && error.kind() == io::ErrorKind::ConnectionRefused
+    };
     let mut active = Instant::now();
     loop {
         tokio::select! {
             outbound = receiver.recv() => match outbound {
                 // A full socket buffer or an ICMP error loses this datagram only.
-                Ok(Some(datagram)) => drop(socket.try_send(&datagram)),
+                Ok(Some(datagram)) => if socket.try_send(&datagram).is_err_and(|error| ends(&error)) {
+                    break;
+                },
                 Ok(None) => break drop(sender.finish()),
                 Err(error) => break tracing::debug!(%error, "UDP flow ended"),
             },
             ready = socket.readable() => {
-                if ready.is_err() || forward_all(&socket, &mut sender).is_err() {
+                if ready.is_err() || forward_all(&socket, &mut sender, ends).is_err() {
                     break;
                 }
             }
@@ -192,12 +227,17 @@ pub(crate) async fn relay_datagrams(flow: DatagramFlow, socket: UdpSocket, idle:
 /// Datagrams moved in one turn.
 const BURST: usize = 32;
 
-fn forward_all(socket: &UdpSocket, sender: &mut DatagramSender) -> Result<(), FlowError> {
+fn forward_all(
+    socket: &UdpSocket,
+    sender: &mut DatagramSender,
+    ends: impl Fn(&io::Error) -> bool,
+) -> Result<(), FlowError> {
     SCRATCH.with_borrow_mut(|scratch| {
         for _ in 0..BURST {
             match socket.try_recv(scratch) {
                 Ok(size) => drop(sender.send(&scratch[..size])?),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if ends(&error) => return Err(FlowError::Local),
                 // An ICMP error that an earlier datagram caused; the flow lives.
                 Err(_) => {}
             }
@@ -270,7 +310,7 @@ mod tests {
         let destination = UdpSocket::from_std(destination).unwrap();
         tokio::spawn(async move {
             let socket = UdpSocket::from_std(socket).unwrap();
-            relay_datagrams(flow, socket, Duration::from_secs(60)).await;
+            relay_datagrams(flow, socket, Duration::from_secs(60), Refusal::IsLost).await;
         });
 
         let mut received = [0; 16];

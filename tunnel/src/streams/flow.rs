@@ -14,6 +14,7 @@ use crate::flow_control::{Frame, Hold, Lane};
 use crate::link::Link;
 use crate::meter::OpenFlow;
 use crate::settings::FRAME_PAYLOAD;
+use crate::streams::DatagramFlow;
 
 /// Both directions of one TCP flow. Dropping it before both directions have ended resets it.
 pub struct Flow {
@@ -77,6 +78,12 @@ impl Flow {
         self.sender.reset(Reason::CONNECT_ERROR).await;
     }
 
+    /// The same flow for datagrams, before anything was sent on it: each is a capsule (RFC 9297 §3.2), and the manager between the
+    /// two ends passes them on as bytes.
+    pub fn into_datagrams(self) -> DatagramFlow {
+        DatagramFlow::of(self)
+    }
+
     /// The two directions, for two tasks.
     pub fn into_split(self) -> (FlowSender, FlowReceiver) {
         (self.sender, self.receiver)
@@ -92,6 +99,11 @@ impl FlowSender {
             link,
             _open: open,
         }
+    }
+
+    /// What sends datagrams, which take no turns.
+    pub(crate) fn into_datagrams(self) -> (SendStream<Frame>, Arc<Link>, OpenFlow) {
+        (self.stream, self.link, self._open)
     }
 
     /// As [`Flow::send`].

@@ -10,7 +10,7 @@ mod relay;
 mod socket;
 
 pub use accept::{Attention, Incoming, NotOpened, OPENED_TIMEOUT, POSTED_MAX, Workstation, join};
-pub use datagram::{DatagramFlow, DatagramReceiver, DatagramSender};
+pub use datagram::{DatagramFlow, DatagramReceiver, DatagramSender, Refusal, relay_datagrams};
 pub use flow::{Flow, FlowReceiver, FlowSender};
 pub use io::{FlowReader, FlowWriter};
 pub use relay::{Ended, Relayed, relay};

@@ -86,6 +86,7 @@ impl Rig {
         let counts = Arc::new(Counts::default());
         let way = Way {
             to,
+            protocol: Protocol::Tcp,
             counts: Arc::clone(&counts),
         };
         self.known.0.lock().unwrap().insert(uid.to_owned(), way);
@@ -235,5 +236,23 @@ fn addresses_are_shown_as_they_are_typed() {
     ] {
         let host = host.map(str::to_owned);
         assert_eq!(LocalAddress { host, port: 80 }.to_string(), shown);
+    }
+}
+
+#[tokio::test]
+async fn a_udp_port_that_nobody_has_is_known_before_a_datagram_is_lost() {
+    let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let port = server.local_addr().unwrap().port();
+    let way = LocalAddress { host: None, port };
+
+    let socket = way.associate().await.unwrap();
+    socket.send(b"hello").await.unwrap();
+    let mut data = [0; 16];
+    assert_eq!(server.recv(&mut data).await.unwrap(), 5);
+
+    drop(server);
+    if cfg!(target_os = "linux") {
+        let refused = way.associate().await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
     }
 }

@@ -295,6 +295,7 @@ async fn one_intercept() -> (Arc<ApiServer>, Arc<SessionLease>, Intercepts) {
     let intercepts = Intercepts::new(login, Arc::clone(&lease), "shop".to_owned());
     let port = WantedPort {
         port: 8080,
+        protocol: Default::default(),
         service: None,
         local: LocalAddress {
             host: None,

@@ -244,8 +244,13 @@ impl From<Matchers> for Vec<Matcher> {
 /// Name of the `Intercept` object for a port of a workload and its matchers: two equal intercepts have one name, so the
 /// API server refuses the second. A DNS label (RFC 1123): the workload's name, cut to 30 bytes, and 128 bits of SHA-256.
 ///
-/// `kind` and `workload` are as in `deployment`, `web`.
-pub fn intercept_name(kind: &str, workload: &str, port: u16, matchers: &Matchers) -> String {
+/// `kind` and `workload` are as in `deployment`, `web`; `port` as in `80` for TCP and `53/udp`.
+pub fn intercept_name(
+    kind: &str,
+    workload: &str,
+    port: impl fmt::Display,
+    matchers: &Matchers,
+) -> String {
     let canonical = matchers.canonical();
     let mut hash = Sha256::new();
     for part in [kind, workload, &port.to_string(), &canonical] {

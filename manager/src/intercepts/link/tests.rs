@@ -94,6 +94,7 @@ fn orders(ids: &[&str]) -> Orders {
         tls: None,
     };
     let port = PortRoutes {
+        protocol: Default::default(),
         listen: 80,
         app: 80,
         intercepts: ids.iter().map(route).collect(),

@@ -44,6 +44,7 @@ fn held() -> Held {
             name: "web".into(),
         },
         port: 8080,
+        protocol: Protocol::Tcp,
         matchers: serde_json::from_value(matchers).unwrap(),
         strict: false,
         tls: None,
