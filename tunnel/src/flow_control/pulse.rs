@@ -146,11 +146,7 @@ impl Pulse {
     }
 
     fn rest(&mut self, cx: &mut Context<'_>, now: Instant, since: Instant, received: u64) {
-        let due = since
-            + match self.meter.attended() {
-                true => self.attentive_interval,
-                false => self.interval,
-            };
+        let due = since + self.rest_for();
         let busy = self.meter.received() - received >= BUSY_BYTES && now >= since + BUSY_INTERVAL;
         if now < due && !busy {
             self.set_timer(cx, due);
@@ -179,7 +175,7 @@ impl Pulse {
                 self.on_pong(now, now - sent);
             }
             self.meter.set_silent(false);
-            self.set_timer(cx, now + self.interval);
+            self.set_timer(cx, now + self.rest_for());
             return Ok(());
         }
         // Any byte proves that the peer lives; its answer may wait behind much data on a slow link.
@@ -202,6 +198,13 @@ impl Pulse {
         let next = if now < silent_at { silent_at } else { deadline };
         self.set_timer(cx, next.min(deadline));
         Ok(())
+    }
+
+    fn rest_for(&self) -> Duration {
+        match self.meter.attended() {
+            true => self.attentive_interval,
+            false => self.interval,
+        }
     }
 
     fn on_pong(&mut self, now: Instant, round_trip: Duration) {
