@@ -154,7 +154,7 @@ impl Tunnel {
         let answer = self.explain(response.await)?;
         let (head, body) = answer.into_parts();
         match head.status.is_success() {
-            true => Incoming::new(&head.headers, body, stream, Arc::clone(&self.link)),
+            true => Incoming::new(&head.headers, body, stream, self.clone()),
             false => Err(OpenError::Answer(format!(
                 "status {} to a posted stream",
                 head.status.as_u16()
@@ -215,6 +215,16 @@ impl Tunnel {
                 .is_err()
                 .then_some(TunnelError::Closed)
         })
+    }
+
+    /// How often nothing was heard of the peer for a while.
+    pub(crate) fn gaps(&self) -> u64 {
+        self.link.meter.gaps()
+    }
+
+    /// What its flows share.
+    pub(crate) fn link(&self) -> &Arc<Link> {
+        &self.link
     }
 
     /// What it carried so far.

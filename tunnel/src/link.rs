@@ -26,7 +26,7 @@ impl Link {
         Arc::new(Self {
             turns: Turns::new(),
             holds: Holds::new(settings.held_max),
-            meter: Arc::new(Meter::default()),
+            meter: Arc::new(Meter::new(&settings)),
             settings,
         })
     }

@@ -6,17 +6,35 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::settings::Settings;
+
 /// Monotonic counters but for the gauge of open flows. Relaxed: nothing is ordered by them.
 #[derive(Default)]
 pub(crate) struct Meter {
+    /// In milliseconds, what counts as a gap.
+    gap: u64,
     flows: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
     heard: AtomicU64,
+    heard_at: AtomicU64,
+    gaps: AtomicU64,
     ended: AtomicBool,
     round_trip_ns: AtomicU64,
     attention: AtomicU64,
     silent: watch::Sender<bool>,
+}
+
+/// Milliseconds, those included in which the machine slept.
+fn since_boot() -> u64 {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    const CLOCK: rustix::time::ClockId = rustix::time::ClockId::Boottime;
+    // Elsewhere this one goes on during sleep.
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    const CLOCK: rustix::time::ClockId = rustix::time::ClockId::Monotonic;
+    let now = rustix::time::clock_gettime(CLOCK);
+    let milliseconds = now.tv_sec * 1_000 + now.tv_nsec / 1_000_000;
+    u64::try_from(milliseconds).unwrap_or_default()
 }
 
 /// Somebody has to know soon when the peer falls silent, for as long as this lives.
@@ -26,6 +44,14 @@ pub(crate) struct Attention(Arc<Meter>);
 pub(crate) struct OpenFlow(Arc<Meter>);
 
 impl Meter {
+    pub(crate) fn new(settings: &Settings) -> Self {
+        let gap = settings.silence * 3 / 4;
+        Self {
+            gap: u64::try_from(gap.as_millis()).unwrap_or(u64::MAX),
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn flows(&self) -> u64 {
         self.flows.load(Ordering::Relaxed)
     }
@@ -53,8 +79,24 @@ impl Meter {
         self.heard.load(Ordering::Relaxed)
     }
 
+    /// Called by the driver alone, before h2 sees the bytes.
     pub(crate) fn add_heard(&self, bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
         self.heard.fetch_add(bytes as u64, Ordering::Relaxed);
+        let now = since_boot();
+        let before = self.heard_at.swap(now, Ordering::Relaxed);
+        if now.saturating_sub(before) > self.gap {
+            self.gaps.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How often nothing was heard for a while, the time before the first byte included. The other side gives flows up
+    /// after [`crate::Settings::silence`], so there is a gap before whatever it has given up; and while somebody waits for a
+    /// flow, it pings more often than that.
+    pub(crate) fn gaps(&self) -> u64 {
+        self.gaps.load(Ordering::Relaxed)
     }
 
     /// The peer ended the carrier in good order: TLS said so, it was not just cut.

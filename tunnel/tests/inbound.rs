@@ -78,8 +78,8 @@ async fn ends_with(ours: impl ByteStream, theirs: impl ByteStream, settings: Set
             std::future::pending().await
         }
     };
-    let server = tokio::spawn(serve_with(theirs, service, settings, stopped));
-    let (tunnel, driver) = Tunnel::establish(ours).await.unwrap();
+    let server = tokio::spawn(serve_with(theirs, service, settings.clone(), stopped));
+    let (tunnel, driver) = Tunnel::establish_with(ours, settings).await.unwrap();
     let driver = tokio::spawn(driver);
     let workstation = agent.workstation.lock().unwrap().take().unwrap();
     Ends {
@@ -410,8 +410,8 @@ async fn a_stalled_reader_of_a_joined_flow_stalls_nobody_else() {
     accepting.abort();
 }
 
-#[tokio::test]
-async fn a_silent_workstation_is_noticed_by_who_attends_and_heard_again() {
+/// The workstation sleeps while the value is true.
+async fn ends_that_can_sleep() -> (Ends, watch::Sender<bool>) {
     let (ours, theirs) = duplex(256 * 1024);
     // What happens to bytes between the two while the workstation sleeps: nothing.
     let (near, far) = duplex(256 * 1024);
@@ -431,13 +431,71 @@ async fn a_silent_workstation_is_noticed_by_who_attends_and_heard_again() {
         }
     });
     let settings = Settings {
-        // Whoever is not attended to is not asked within this test.
+        // Whoever is not attended to is not asked within a test.
         ping_interval: Duration::from_secs(600),
         attentive_ping_interval: Duration::from_millis(20),
         silence: Duration::from_millis(60),
         ..Settings::default()
     };
-    let ends = ends_with(ours, far, settings).await;
+    (ends_with(ours, far, settings).await, sleep)
+}
+
+#[tokio::test]
+async fn what_was_given_up_while_the_workstation_slept_is_not_delivered() {
+    let (ends, sleep) = ends_that_can_sleep().await;
+    let (local, address) = listener().await;
+    let accepting = accept_for(&ends.tunnel, address);
+    let mut attention = ends.workstation.attend();
+    let (mut given_up, mut kept) = (
+        open(&ends.workstation).await.unwrap(),
+        open(&ends.workstation).await.unwrap(),
+    );
+    let (mut app, _) = local.accept().await.unwrap();
+    let (mut other_app, _) = local.accept().await.unwrap();
+    for (flow, app) in [(&mut given_up, &mut app), (&mut kept, &mut other_app)] {
+        flow.send(Bytes::from_static(b"before")).await.unwrap();
+        let mut before = [0; 6];
+        soon(app.read_exact(&mut before)).await.unwrap();
+    }
+
+    sleep.send_replace(true);
+    given_up.send(pattern(1, 100_000).into()).await.unwrap();
+    kept.send(Bytes::from_static(b"after")).await.unwrap();
+    soon(attention.silent()).await;
+    soon(given_up.reset()).await;
+    sleep.send_replace(false);
+
+    let error = soon(app.read(&mut [0])).await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    let mut after = [0; 5];
+    soon(other_app.read_exact(&mut after)).await.unwrap();
+    assert_eq!(&after, b"after");
+    accepting.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_silence_of_a_workstation_whose_flows_are_idle_is_noticed_as_soon() {
+    let (ends, sleep) = ends_that_can_sleep().await;
+    let tunnel = ends.tunnel.clone();
+    let taken = tokio::spawn(async move { tunnel.accept().await.unwrap().opened().await.unwrap() });
+    let mut attention = ends.workstation.attend();
+    let flow = open(&ends.workstation).await.unwrap();
+    let other_end = soon(taken).await.unwrap();
+    // Many pings later: what moved when the flow was opened wakes nobody any more.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+
+    sleep.send_replace(true);
+    let start = tokio::time::Instant::now();
+    soon(attention.silent()).await;
+
+    let took = start.elapsed();
+    assert!(took <= Duration::from_millis(20 + 60 + 10), "{took:?}");
+    drop((flow, other_end));
+}
+
+#[tokio::test]
+async fn a_silent_workstation_is_noticed_by_who_attends_and_heard_again() {
+    let (ends, sleep) = ends_that_can_sleep().await;
     let (local, address) = listener().await;
     let accepting = accept_for(&ends.tunnel, address);
     let mut attention = ends.workstation.attend();

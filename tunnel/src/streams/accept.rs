@@ -30,9 +30,11 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
+use crate::client::Tunnel;
 use crate::error::{FlowError, OpenError};
 use crate::flow_control::Frame;
 use crate::link::Link;
+use crate::streams::backlog::Backlog;
 use crate::streams::{Flow, FlowReceiver, FlowSender};
 
 /// Path of the posted streams.
@@ -56,6 +58,7 @@ pub struct Incoming {
     peer: SocketAddr,
     sender: FlowSender,
     receiver: FlowReceiver,
+    tunnel: Tunnel,
 }
 
 /// Why an offered flow was not taken. Nothing of it was sent.
@@ -88,7 +91,7 @@ impl Incoming {
         head: &HeaderMap,
         body: RecvStream,
         stream: SendStream<Frame>,
-        link: Arc<Link>,
+        tunnel: Tunnel,
     ) -> Result<Self, OpenError> {
         let text = |name: HeaderName| head.get(name).and_then(|value| value.to_str().ok());
         let peer = text(PEER).and_then(|peer| peer.parse().ok());
@@ -98,8 +101,9 @@ impl Incoming {
         Ok(Self {
             intercept: intercept.to_owned(),
             peer,
-            sender: FlowSender::new(stream, Arc::clone(&link)),
-            receiver: FlowReceiver::new(body, link),
+            sender: FlowSender::new(stream, Arc::clone(tunnel.link())),
+            receiver: FlowReceiver::new(body, Arc::clone(tunnel.link())),
+            tunnel,
         })
     }
 
@@ -114,7 +118,11 @@ impl Incoming {
     }
 
     /// Takes it: the local connection is up. Fails when the serving side gave up meanwhile; then nothing was delivered.
+    ///
+    /// A [`relay`](crate::relay) of the flow delivers nothing that the serving side has given up, although it was sent and
+    /// waited for this end to be heard of again.
     pub async fn opened(mut self) -> Result<Flow, FlowError> {
+        self.receiver.may_wait(Backlog::new(self.tunnel));
         self.sender.send(Bytes::from_static(&[OPENED])).await?;
         Ok(Flow::from_parts(self.sender, self.receiver))
     }

@@ -15,6 +15,7 @@ use crate::link::Link;
 use crate::meter::OpenFlow;
 use crate::settings::FRAME_PAYLOAD;
 use crate::streams::DatagramFlow;
+use crate::streams::backlog::Backlog;
 
 /// Both directions of one TCP flow. Dropping it before both directions have ended resets it.
 pub struct Flow {
@@ -39,6 +40,8 @@ pub struct FlowReceiver {
     early: VecDeque<Bytes>,
     /// How the flow ended after them, if badly.
     failed: Option<FlowError>,
+    /// Of a flow that the other side may give up while this end is away.
+    backlog: Option<Backlog>,
 }
 
 impl fmt::Debug for Flow {
@@ -246,6 +249,25 @@ impl FlowReceiver {
             link,
             early: VecDeque::new(),
             failed: None,
+            backlog: None,
+        }
+    }
+
+    /// What comes may have waited for this end.
+    pub(crate) fn may_wait(&mut self, backlog: Backlog) {
+        self.backlog = Some(backlog);
+    }
+
+    /// Whether nothing that has come can have been given up meanwhile.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.backlog.as_ref().is_none_or(Backlog::is_read)
+    }
+
+    /// Waits until the flow's end is known if it has one, whatever came before it. Cancel safe.
+    pub(crate) async fn freshen(&mut self) -> Result<(), FlowError> {
+        match &mut self.backlog {
+            Some(backlog) => backlog.read().await,
+            None => Ok(()),
         }
     }
 

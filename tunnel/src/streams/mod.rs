@@ -1,6 +1,7 @@
 //! What runs on the streams of a connection: TCP flows, UDP flows and small request bodies.
 
 pub(crate) mod accept;
+mod backlog;
 pub(crate) mod body;
 pub mod capsule;
 pub(crate) mod datagram;

@@ -205,6 +205,10 @@ async fn download(
             SockRef::from(tcp).shutdown(Shutdown::Write)?;
             return Ok(());
         }
+        if !receiver.is_fresh() {
+            receiver.freshen().await?;
+            pending.look_for_the_end(receiver).await?;
+        }
         match pending.write(tcp) {
             Ok(size) => {
                 receiver.release(size);
@@ -240,6 +244,15 @@ impl Pending {
                     Poll::Ready(Ok(()))
                 }
             }
+        })
+        .await
+    }
+
+    /// Takes what is there, and fails if a reset stands behind it.
+    async fn look_for_the_end(&mut self, receiver: &mut FlowReceiver) -> Result<(), Stop> {
+        poll_fn(|cx| {
+            while self.frames.len() < FRAMES_MAX && self.take(receiver, cx) {}
+            Poll::Ready(self.failed.take().map_or(Ok(()), |error| Err(error.into())))
         })
         .await
     }
