@@ -13,6 +13,7 @@ const NAMESPACE: &str = "chart-namespace";
 const IMAGE: &str = "chart.invalid/image";
 const SECRET: &str = "chart-pull-secret";
 const REPLICAS: u16 = 61;
+const ATTACHED: &str = "chart-attached-namespace";
 
 #[test]
 fn the_template_is_what_install_applies() {
@@ -51,9 +52,22 @@ fn template() -> String {
         image: Some(IMAGE.to_owned()),
         replicas: REPLICAS,
         pull_secrets: vec![SECRET.to_owned()],
+        namespaces: vec![ATTACHED.to_owned()],
         ranges_by_dry_run: true,
     };
-    let manifests = manifests::all(&settings);
+    let mut manifests = manifests::all(&settings);
+    // Where no namespaces are given, one binding stands for them.
+    let everywhere = manifests::all(&Settings {
+        namespaces: Vec::new(),
+        ..settings
+    });
+    let place = manifests.iter().position(is_bound_by_name);
+    let place = place.expect("each namespace that is named has its binding");
+    let binding = everywhere.into_iter().find(|manifest| {
+        let object = &manifest.object;
+        object["kind"] == "ClusterRoleBinding" && object["metadata"]["name"] == "tp-manager-attach"
+    });
+    manifests.insert(place, binding.expect("one binding is for all namespaces"));
     let objects = manifests
         .iter()
         .filter(|manifest| manifest.layer != Layer::Namespace);
@@ -74,11 +88,30 @@ fn document(Manifest { object, .. }: &Manifest) -> String {
         Some("PodDisruptionBudget") => {
             format!("{{{{- if gt (int .Values.replicas) 1 }}}}\n---\n{filled}{{{{- end }}}}\n")
         }
+        Some("ClusterRoleBinding") if object["metadata"]["name"] == "tp-manager-attach" => {
+            format!("{{{{- if not .Values.namespaces }}}}\n---\n{filled}{{{{- end }}}}\n")
+        }
+        Some("RoleBinding") if object["metadata"]["namespace"] == ATTACHED => {
+            let filled = filled.replace("{{ .Release", "{{ $.Release");
+            format!("{{{{- range .Values.namespaces }}}}\n---\n{filled}{{{{- end }}}}\n")
+        }
         _ => format!("---\n{filled}"),
     }
 }
 
+fn is_bound_by_name(manifest: &Manifest) -> bool {
+    manifest.object["metadata"]["namespace"] == ATTACHED
+}
+
 const EXPRESSIONS: &[(&str, &str)] = &[
+    (
+        "    tp.dev/namespaces: chart-attached-namespace\n",
+        "    {{- with .Values.namespaces }}\n    tp.dev/namespaces: {{ join \",\" . | quote }}\n    {{- end }}\n",
+    ),
+    (
+        "namespace: chart-attached-namespace\n",
+        "namespace: {{ . | quote }}\n",
+    ),
     (
         "namespace: chart-namespace\n",
         "namespace: {{ .Release.Namespace | quote }}\n",
@@ -113,7 +146,7 @@ const EXPRESSIONS: &[(&str, &str)] = &[
 fn every_setting_has_its_expression() {
     let template = template();
 
-    for sentinel in [NAMESPACE, IMAGE, SECRET, "replicas: 61"] {
+    for sentinel in [NAMESPACE, IMAGE, SECRET, ATTACHED, "replicas: 61"] {
         assert!(!template.contains(sentinel), "{sentinel}");
     }
     for (_, expression) in EXPRESSIONS {

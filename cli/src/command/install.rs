@@ -25,6 +25,10 @@ pub struct Args {
     /// Secret in that namespace with which nodes pull the image; repeatable
     #[arg(long, value_name = "SECRET")]
     pub pull_secret: Vec<String>,
+    /// Let the manager add agents to pods of these namespaces only, separated by commas [default: of all that do not
+    /// opt out]
+    #[arg(long, value_name = "NAMESPACES", value_delimiter = ',')]
+    pub namespaces: Vec<String>,
     /// Print the manifests and change nothing; needs no cluster
     #[arg(long)]
     pub dry_run: bool,
@@ -58,6 +62,7 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
         image: args.image,
         replicas: args.replicas,
         pull_secrets: args.pull_secret,
+        namespaces: args.namespaces,
         ranges_by_dry_run: false,
     };
     if args.dry_run {

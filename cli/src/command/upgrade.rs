@@ -26,6 +26,9 @@ pub struct Args {
     /// Secret with which nodes pull the image; repeatable [default: as before]
     #[arg(long, value_name = "SECRET")]
     pub pull_secret: Vec<String>,
+    /// Let the manager add agents to pods of these namespaces only, separated by commas; `*` for all [default: as before]
+    #[arg(long, value_name = "NAMESPACES", value_delimiter = ',')]
+    pub namespaces: Vec<String>,
     /// How long to wait until the manager works, as `30s` or `5m`
     #[arg(long, value_name = "TIME", default_value = "120s", value_parser = kubeconfig::duration)]
     pub timeout: Duration,
@@ -56,7 +59,7 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
     .await?;
     let settings = Settings {
         ranges_by_dry_run: apply::lacks_service_cidrs(&cluster).await?,
-        ..changed(&before, args.image, args.replicas, args.pull_secret)
+        ..changed(&before, &args)
     };
     make_it_so(&cluster, &settings, args.timeout).await?;
     let report = Upgraded {
@@ -90,20 +93,19 @@ async fn find(cluster: &Cluster, namespace: &str) -> Result<Installed, Failure> 
     )
 }
 
-fn changed(
-    before: &Installed,
-    image: Option<String>,
-    replicas: Option<u16>,
-    pull_secrets: Vec<String>,
-) -> Settings {
+fn changed(before: &Installed, args: &Args) -> Settings {
     let kept = before.settings.clone();
+    let or_kept = |given: &[String], kept| match given {
+        [] => kept,
+        given => given.to_vec(),
+    };
     Settings {
-        image: image.or(kept.image),
-        replicas: replicas.unwrap_or(kept.replicas),
-        pull_secrets: if pull_secrets.is_empty() {
-            kept.pull_secrets
-        } else {
-            pull_secrets
+        image: args.image.clone().or(kept.image),
+        replicas: args.replicas.unwrap_or(kept.replicas),
+        pull_secrets: or_kept(&args.pull_secret, kept.pull_secrets),
+        namespaces: match args.namespaces.as_slice() {
+            [all] if all == "*" => Vec::new(),
+            given => or_kept(given, kept.namespaces),
         },
         ..kept
     }
@@ -144,6 +146,7 @@ mod tests {
                 image: Some("mirror.example/tp:1".into()),
                 replicas: 3,
                 pull_secrets: vec!["regcred".into()],
+                namespaces: vec!["shop".into()],
                 ranges_by_dry_run: false,
             },
             image: "mirror.example/tp:1".into(),
@@ -151,22 +154,19 @@ mod tests {
         }
     }
 
+    fn after(line: &str) -> Settings {
+        let args: Args = crate::command::parse_args(line).unwrap();
+        changed(&before(), &args)
+    }
+
     #[test]
     fn what_is_not_said_stays() {
-        assert_eq!(
-            changed(&before(), None, None, Vec::new()),
-            before().settings
-        );
+        assert_eq!(after(""), before().settings);
     }
 
     #[test]
     fn what_is_said_changes_alone() {
-        let settings = changed(
-            &before(),
-            Some("mirror.example/tp:2".into()),
-            Some(1),
-            Vec::new(),
-        );
+        let settings = after("--image mirror.example/tp:2 --replicas 1");
 
         assert_eq!(settings.image(), "mirror.example/tp:2");
         assert_eq!(
@@ -174,5 +174,8 @@ mod tests {
             (1, "tools")
         );
         assert_eq!(settings.pull_secrets, ["regcred"]);
+        assert_eq!(settings.namespaces, ["shop"]);
+        assert_eq!(after("--namespaces a,b").namespaces, ["a", "b"]);
+        assert_eq!(after("--namespaces *").namespaces, [""; 0]);
     }
 }

@@ -13,11 +13,11 @@ use kube::api::{
 };
 use kube::runtime::wait::{await_condition, conditions};
 use kube::{Client, Resource, ResourceExt};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tp_manager_api::MANAGER_NAME;
 
 use super::manifests::{self, Layer, Manifest};
-use super::{FIELD_MANAGER, Installed, MANAGED_BY, OURS, Settings, is_manager};
+use super::{ATTACH, FIELD_MANAGER, Installed, MANAGED_BY, OURS, Settings, is_manager};
 use crate::kubeconfig::{Cluster, Right};
 use crate::report::{Failure, is_denial};
 
@@ -99,6 +99,7 @@ pub async fn all(cluster: &Cluster, settings: &Settings) -> Result<i64, Failure>
         }
     }
     without_needless_budget(cluster, settings).await?;
+    without_needless_bindings(cluster, &manifests).await?;
     Ok(generation)
 }
 
@@ -248,6 +249,57 @@ async fn without_needless_budget(cluster: &Cluster, settings: &Settings) -> Resu
     }
 }
 
+/// An earlier installation may have let the manager attach agents in other namespaces.
+async fn without_needless_bindings(
+    cluster: &Cluster,
+    manifests: &[Manifest],
+) -> Result<(), Failure> {
+    let wanted: Vec<_> = manifests
+        .iter()
+        .map(|manifest| identity(&manifest.object))
+        .collect();
+    for binding in attaching(&cluster.client).await? {
+        if wanted.contains(&identity(&binding)) {
+            continue;
+        }
+        let name = binding["metadata"]["name"].as_str().unwrap_or_default();
+        match api(&cluster.client, &binding)
+            .delete(name, &DeleteParams::default())
+            .await
+        {
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            deleted => drop(deleted.map_err(Failure::from)?),
+        }
+    }
+    Ok(())
+}
+
+/// The bindings in the cluster by which the manager may attach agents, as far as apply made them.
+pub(super) async fn attaching(client: &Client) -> Result<Vec<Value>, Failure> {
+    let mut bindings = Vec::new();
+    for kind in ["ClusterRoleBinding", "RoleBinding"] {
+        let probe =
+            json!({ "apiVersion": "rbac.authorization.k8s.io/v1", "kind": kind, "metadata": {} });
+        let found = api(client, &probe)
+            .list(&ListParams::default().labels(OURS))
+            .await?;
+        let of_manager = found
+            .into_iter()
+            .filter(|object| object.name_any() == ATTACH);
+        bindings.extend(of_manager.map(|object| {
+            let mut binding = probe.clone();
+            binding["metadata"] = json!({ "name": ATTACH, "namespace": object.namespace() });
+            binding
+        }));
+    }
+    Ok(bindings)
+}
+
+fn identity(object: &Value) -> (&Value, &Value, &Value) {
+    let metadata = &object["metadata"];
+    (&object["kind"], &metadata["name"], &metadata["namespace"])
+}
+
 /// Where objects of this one's kind are, in its namespace or the cluster.
 pub(super) fn api(client: &Client, object: &Value) -> Api<DynamicObject> {
     let resource = resource(object);
@@ -293,6 +345,8 @@ mod tests {
                 "clusterroles",
                 "validatingadmissionpolicies",
                 "validatingadmissionpolicybindings",
+                "clusterroles",
+                "clusterrolebindings",
                 "clusterroles",
                 "clusterrolebindings",
                 "roles",

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tp_manager_api::{HEALTH_PORT, MANAGER_NAME, METRICS_PORT, TUNNEL_PORT, policy};
 
-use super::{IMAGE_CHOICE, Settings, VERSION, roles};
+use super::{IMAGE_CHOICE, NAMESPACES, Settings, VERSION, roles};
 
 /// How long a replica may drain before it is killed; above the manager's own grace period.
 const GRACE_SECONDS: u32 = 40;
@@ -152,6 +152,9 @@ fn deployment(settings: &Settings) -> Value {
     };
     let mut metadata = settings.metadata(MANAGER_NAME);
     metadata["annotations"] = json!({ IMAGE_CHOICE: choice });
+    if !settings.namespaces.is_empty() {
+        metadata["annotations"][NAMESPACES] = settings.namespaces.join(",").into();
+    }
     json!({
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -320,6 +323,7 @@ mod tests {
         Settings {
             replicas: 2,
             pull_secrets: vec!["regcred".into()],
+            namespaces: vec!["shop".into(), "billing".into()],
             ..Settings::default()
         }
     }

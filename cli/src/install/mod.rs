@@ -32,6 +32,12 @@ pub const MANAGER_PODS: &str = "app.kubernetes.io/name=tp,app.kubernetes.io/comp
 /// Annotation of the Deployment: whether its image came with the release or was asked for.
 const IMAGE_CHOICE: &str = "tp.dev/image";
 
+/// Annotation of the Deployment: the namespaces that it may attach agents in, separated by commas, where not in all.
+const NAMESPACES: &str = "tp.dev/namespaces";
+
+/// Role with which the manager adds agents to pods, and its bindings.
+const ATTACH: &str = "tp-manager-attach";
+
 /// This release.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -52,6 +58,8 @@ pub struct Settings {
     pub replicas: u16,
     /// Secrets with which nodes pull the image.
     pub pull_secrets: Vec<String>,
+    /// Namespaces in which agents may be added to pods; empty for all.
+    pub namespaces: Vec<String>,
     /// Whether the API server has no ServiceCIDR objects (before Kubernetes 1.33), so that the manager has to learn
     /// the Services' range from a refused dry-run.
     pub ranges_by_dry_run: bool,
@@ -71,6 +79,7 @@ impl Default for Settings {
             image: None,
             replicas: 1,
             pull_secrets: Vec::new(),
+            namespaces: Vec::new(),
             ranges_by_dry_run: false,
         }
     }
@@ -107,10 +116,14 @@ impl Installed {
                 .and_then(|labels| labels.get(name))
                 .cloned()
         };
-        let chosen = metadata
-            .annotations
-            .as_ref()
-            .and_then(|notes| notes.get(IMAGE_CHOICE));
+        let note = |name| {
+            metadata
+                .annotations
+                .as_ref()
+                .and_then(|notes| notes.get(name))
+        };
+        let chosen = note(IMAGE_CHOICE);
+        let namespaces = note(NAMESPACES).map(|names| names.split(',').map(str::to_owned));
         let spec = deployment.spec.as_ref();
         let pod = spec.and_then(|spec| spec.template.spec.as_ref());
         let image = pod
@@ -133,6 +146,7 @@ impl Installed {
                     .into_iter()
                     .map(|secret| secret.name)
                     .collect(),
+                namespaces: namespaces.into_iter().flatten().collect(),
                 ranges_by_dry_run: false,
             },
             image,

@@ -48,6 +48,7 @@ pub async fn manager(
     rest.push(written_by_manager(namespace, "ConfigMap", MANAGER_NAME));
     gone_within(within, async {
         let mut removed = delete_named(&cluster.client, running).await?;
+        rest.extend(apply::attaching(&cluster.client).await?);
         removed.extend(delete_named(&cluster.client, rest).await?);
         Ok(removed)
     })

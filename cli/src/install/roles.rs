@@ -6,7 +6,7 @@
 use serde_json::{Value, json};
 use tp_manager_api::{EGRESS, GROUP, INTERCEPTS, KEY_SECRET, MANAGER_NAME, OTHERS, SESSIONS};
 
-use super::Settings;
+use super::{ATTACH, Settings};
 
 /// What someone does with their own objects. Not listing: a Session says who works from where.
 const OWN: [&str; 5] = ["create", "delete", "get", "patch", "update"];
@@ -54,31 +54,60 @@ pub(super) fn for_users() -> Vec<Value> {
 
 /// The manager's own rights, and the Role with which people reach it.
 pub(super) fn for_manager(settings: &Settings) -> Vec<Value> {
-    vec![
+    let mut objects = vec![
         cluster_role(MANAGER_NAME, &manager_rules().each_ref()),
-        json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1",
-            "kind": "ClusterRoleBinding",
-            "metadata": { "name": MANAGER_NAME },
-            "roleRef": role_ref("ClusterRole"),
-            "subjects": [account(settings)],
-        }),
+        cluster_role_binding(settings, MANAGER_NAME),
+        cluster_role(
+            ATTACH,
+            &[&rule("", &["pods/ephemeralcontainers"], &["patch"])],
+        ),
+    ];
+    objects.extend(attaching(settings));
+    objects.extend([
         role(settings, MANAGER_NAME, own_rules(settings)),
         json!({
             "apiVersion": "rbac.authorization.k8s.io/v1",
             "kind": "RoleBinding",
             "metadata": settings.metadata(MANAGER_NAME),
-            "roleRef": role_ref("Role"),
+            "roleRef": role_ref("Role", MANAGER_NAME),
             "subjects": [account(settings)],
         }),
         role(settings, "tp-connect", connect_rules()),
-    ]
+    ]);
+    objects
+}
+
+/// Where the manager may add agents to pods: in all namespaces, or in those that were named.
+fn attaching(settings: &Settings) -> Vec<Value> {
+    if settings.namespaces.is_empty() {
+        return vec![cluster_role_binding(settings, ATTACH)];
+    }
+    let named = settings.namespaces.iter().map(|namespace| {
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "RoleBinding",
+            "metadata": { "name": ATTACH, "namespace": namespace },
+            "roleRef": role_ref("ClusterRole", ATTACH),
+            "subjects": [account(settings)],
+        })
+    });
+    named.collect()
+}
+
+fn cluster_role_binding(settings: &Settings, role: &str) -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": { "name": role },
+        "roleRef": role_ref("ClusterRole", role),
+        "subjects": [account(settings)],
+    })
 }
 
 /// What the manager looks at everywhere, and what it does there. It reads no Secret. Of Sessions and Intercepts it writes
-/// the status, and removes those whose workstations never came back to do so. Which containers it may add to pods, the
-/// policy of `tp_manager_api::policy::fence` says.
-fn manager_rules() -> [Value; 9] {
+/// the status, and removes those whose workstations never came back to do so. Where it may add containers to pods,
+/// [`attaching`] says, and which, the policy of `tp_manager_api::policy::fence`.
+fn manager_rules() -> [Value; 8] {
     let look = ["get", "list", "watch"];
     let [ours, status, others] = [
         [SESSIONS.to_owned(), INTERCEPTS.to_owned()],
@@ -96,7 +125,6 @@ fn manager_rules() -> [Value; 9] {
         ),
         rule(GROUP, &ours.each_ref().map(String::as_str), &["delete"]),
         rule(GROUP, &others.each_ref().map(String::as_str), &["delete"]),
-        rule("", &["pods/ephemeralcontainers"], &["patch"]),
         rule(
             "networking.k8s.io",
             &["servicecidrs", "networkpolicies"],
@@ -168,8 +196,8 @@ fn role(settings: &Settings, name: &str, rules: Vec<Value>) -> Value {
     })
 }
 
-fn role_ref(kind: &str) -> Value {
-    json!({ "apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": MANAGER_NAME })
+fn role_ref(kind: &str, name: &str) -> Value {
+    json!({ "apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name })
 }
 
 fn account(settings: &Settings) -> Value {
@@ -225,7 +253,6 @@ mod tests {
     fn the_manager_adds_ephemeral_containers_and_changes_no_pod_otherwise() {
         let manager = &for_manager(&Settings::default())[0];
 
-        assert!(allows(manager, "pods/ephemeralcontainers", "patch"));
         for resource in ["pods", "deployments", "replicasets", "pods/exec"] {
             for verb in ["create", "patch", "update", "delete"] {
                 assert!(!allows(manager, resource, verb), "{verb} {resource}");
@@ -234,6 +261,38 @@ mod tests {
         assert!(
             !allows(manager, "intercepts", "create") && !allows(manager, "intercepts", "patch")
         );
+    }
+
+    #[test]
+    fn agents_are_added_in_all_namespaces_or_in_those_that_were_named() {
+        let bound = |namespaces: &[&str]| -> Vec<(String, Option<String>)> {
+            let settings = Settings {
+                namespaces: namespaces.iter().map(|name| (*name).to_owned()).collect(),
+                ..Settings::default()
+            };
+            let text = |value: &Value| value.as_str().map(str::to_owned);
+            let bindings = for_manager(&settings).into_iter();
+            bindings
+                .filter(|object| object["roleRef"]["name"] == ATTACH)
+                .map(|object| {
+                    let kind = text(&object["kind"]).unwrap();
+                    (kind, text(&object["metadata"]["namespace"]))
+                })
+                .collect()
+        };
+
+        assert_eq!(bound(&[]), [("ClusterRoleBinding".to_owned(), None)]);
+        let named = ["shop", "billing"];
+        assert_eq!(
+            bound(&named),
+            named.map(|name| ("RoleBinding".to_owned(), Some(name.to_owned())))
+        );
+        let objects = for_manager(&Settings::default());
+        let granting = objects.iter().filter(|role| {
+            role["rules"].is_array() && allows(role, "pods/ephemeralcontainers", "patch")
+        });
+        let granting: Vec<_> = granting.map(|role| &role["metadata"]["name"]).collect();
+        assert_eq!(granting, [ATTACH]);
     }
 
     #[test]

@@ -87,7 +87,10 @@ impl Problem {
                     format!(
                         "the manager may not add ephemeral containers to pods of namespace {namespace}"
                     ),
-                    "an administrator runs `tp upgrade`, which gives it that right".to_owned(),
+                    format!(
+                        "an administrator gives it that right: `tp upgrade`, or, where it was installed for some namespaces only, \
+                         `tp upgrade --namespaces …,{namespace}`"
+                    ),
                 )
             }
             400 | 403 | 422 => refused(
