@@ -20,6 +20,7 @@ use crate::env_syntax::EnvSyntax;
 use crate::intercept::env::{self, Variables};
 use crate::intercept::example;
 use crate::intercept::flags::MatcherFlags;
+use crate::intercept::missing::MissingFlags;
 use crate::intercept::ports::{PortFlag, Target};
 use crate::intercept::workload::{self, Found};
 use crate::kubeconfig::Cluster;
@@ -79,9 +80,15 @@ pub struct Args {
     /// How the agent gets into the pods
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Attach::Auto)]
     pub attach: Attach,
+    /// Port of this machine's loopback that leads to the port of that number of an intercepted pod, such as a helper's
+    /// beside the application; repeatable
+    #[arg(long, value_name = "PORT[/tcp]", value_delimiter = ',', value_parser = to_pod)]
+    pub to_pod: Vec<u16>,
     /// What reaches the local port is never encrypted; taken for the sake of scripts
     #[arg(long, hide = true)]
     pub plaintext: bool,
+    #[command(flatten)]
+    missing: MissingFlags,
     /// Write the container's environment to this file; `-` is stdout
     #[arg(short, long, value_name = "FILE")]
     pub env_file: Option<PathBuf>,
@@ -140,6 +147,7 @@ struct Plan {
 /// # Errors
 /// Why it cannot be; with a command, its exit code is then the one for "before the command started".
 pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
+    args.missing.refuse()?;
     if args.command.is_empty() {
         let peer = peers::one(args.connection.as_deref())?;
         let plan = args.plan(&peer).await?;
@@ -247,6 +255,7 @@ impl Args {
             tls_secret: self.tls_secret.clone(),
             close_idle: self.close_idle,
             attach: self.attach.into(),
+            to_pod: self.to_pod.clone(),
             held: !self.command.is_empty(),
         };
         Ok(Plan {
@@ -373,6 +382,15 @@ impl Args {
     }
 }
 
+fn to_pod(text: &str) -> Result<u16, String> {
+    let (port, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+    match (port.parse(), protocol.to_ascii_lowercase().as_str()) {
+        (Ok(port @ 1..), "tcp") => Ok(port),
+        (Ok(1..), "udp") => Err("UDP ports of a pod are not forwarded".to_owned()),
+        _ => Err("expected PORT or PORT/tcp".to_owned()),
+    }
+}
+
 fn wanted_port(local: LocalAddress, protocol: Protocol, target: Target) -> WantedPort {
     WantedPort {
         port: target.port,
@@ -419,7 +437,10 @@ fn say(
     };
     // The file that was asked for on stdout is all that is there.
     if !args.writes_to_stdout() {
-        output.print(&made, || told(&made.intercepts, made.curl.as_deref()))?;
+        let to_pod = &plan.wanted.to_pod;
+        output.print(&made, || {
+            told(&made.intercepts, made.curl.as_deref(), to_pod)
+        })?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -437,7 +458,7 @@ impl Args {
 /// On stderr: stdout is the command's.
 fn tell(plan: &Plan, statuses: &[InterceptStatus]) {
     warn(plan, statuses);
-    for line in told(statuses, plan.curl.as_deref()).lines() {
+    for line in told(statuses, plan.curl.as_deref(), &plan.wanted.to_pod).lines() {
         report::note_line(line);
     }
 }
@@ -460,7 +481,7 @@ fn warn(plan: &Plan, statuses: &[InterceptStatus]) {
     }
 }
 
-fn told(statuses: &[InterceptStatus], curl: Option<&[String]>) -> String {
+fn told(statuses: &[InterceptStatus], curl: Option<&[String]>, to_pod: &[u16]) -> String {
     let mut text = String::new();
     for status in statuses {
         let by = match &status.service {
@@ -496,6 +517,12 @@ fn told(statuses: &[InterceptStatus], curl: Option<&[String]>) -> String {
     {
         text += &format!("  {:<9} opened with Secret {}\n", "TLS", escaped(secret));
     }
+    for port in to_pod {
+        text += &format!(
+            "  {:<9} localhost:{port} leads to port {port} of a pod\n",
+            "to pod"
+        );
+    }
     if let Some(curl) = curl {
         let words: Vec<String> = ["tp".to_owned(), "curl".to_owned()]
             .into_iter()
@@ -521,18 +548,21 @@ mod tests {
     fn telepresences_command_lines_are_taken() {
         let args = parse(
             "web -w deploy/web -p 8080:http,9090:80 -p 1 --address 10.0.0.2 --service web --container app -e a.env \
-             --env-syntax sh:export -j a.json --http-header x-user=ada --http-path-prefix /api --plaintext -- npm start",
+             --env-syntax sh:export -j a.json --http-header x-user=ada --http-path-prefix /api --plaintext --mount=false --to-pod 9000,9001/tcp -- npm start",
         )
         .unwrap();
 
         assert_eq!(args.port.len(), 3);
         assert_eq!(args.env_syntax, EnvSyntax::Sh);
+        assert_eq!(args.to_pod, [9000, 9001]);
+        assert!(args.missing.refuse().is_ok());
         assert_eq!(args.command, ["npm", "start"]);
         for bad in [
             "",
             "web -p x",
             "web --env-syntax cmd",
             "web --attach x",
+            "web --to-pod 53/udp",
             "web --http-header x",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
@@ -560,9 +590,9 @@ mod tests {
         let curl = ["-H", "x-user: ada", "http://web.shop/"].map(str::to_owned);
 
         assert_eq!(
-            told(&[status], Some(&curl)),
+            told(&[status], Some(&curl), &[9000]),
             "web: port 8080 of deployment/web (Service web) in 2 pods leads to localhost:3000\n  \
-             requests  header x-user = ada\n  try       tp curl -H 'x-user: ada' http://web.shop/\n"
+             requests  header x-user = ada\n  to pod    localhost:9000 leads to port 9000 of a pod\n  try       tp curl -H 'x-user: ada' http://web.shop/\n"
         );
     }
 }

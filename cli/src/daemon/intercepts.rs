@@ -5,6 +5,7 @@
 //! managers and carriers.
 
 mod readiness;
+mod to_pod;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use tp_manager_api::intercept::InterceptSpec;
 use tp_manager_api::{ClientInfo, Intercept, Matcher, Session};
+use tp_tunnel::Tunnel;
 
 use super::inbound::{Counts, Way, Ways};
 use super::login::Login;
@@ -47,6 +49,7 @@ pub struct Intercepts {
     login: Login,
     lease: Arc<SessionLease>,
     namespace: String,
+    tunnel: watch::Receiver<Option<Tunnel>>,
     /// By the name that the user gave.
     held: Mutex<BTreeMap<String, Vec<Entry>>>,
     count_tx: watch::Sender<usize>,
@@ -60,6 +63,8 @@ struct Entry {
     counts: Arc<Counts>,
     seen_rx: watch::Receiver<Seen>,
     _watch: AbortOnDropHandle<()>,
+    /// Serves ports of this machine that lead to its pods.
+    _to_pod: Option<AbortOnDropHandle<()>>,
 }
 
 /// The object as it was last seen.
@@ -85,12 +90,18 @@ impl Ways for Intercepts {
 }
 
 impl Intercepts {
-    /// None yet.
-    pub fn new(login: Login, lease: Arc<SessionLease>, namespace: String) -> Self {
+    /// None yet. `tunnel` is the one in use.
+    pub fn new(
+        login: Login,
+        lease: Arc<SessionLease>,
+        namespace: String,
+        tunnel: watch::Receiver<Option<Tunnel>>,
+    ) -> Self {
         Self {
             login,
             lease,
             namespace,
+            tunnel,
             held: Mutex::default(),
             count_tx: watch::Sender::new(0),
         }
@@ -125,6 +136,7 @@ impl Intercepts {
     }
 
     async fn make_all(&self, wanted: &Wanted) -> Result<(), Failure> {
+        let mut to_pod = to_pod::listen(&wanted.to_pod).await?;
         let cluster = self.login.cluster().await?;
         let user = cluster.identity().await?;
         if let Some(secret) = &wanted.tls_secret {
@@ -136,7 +148,8 @@ impl Intercepts {
             let object = self.post(&cluster, spec).await?;
             let knows_all = object.spec.tls_secret == wanted.tls_secret
                 && object.spec.protocol == port.protocol;
-            self.keep(&wanted.name, port.clone(), object);
+            let to_pod = std::mem::take(&mut to_pod);
+            self.keep(&wanted.name, port.clone(), object, to_pod);
             if !knows_all {
                 return Err(older_release());
             }
@@ -354,17 +367,33 @@ impl Intercepts {
         cluster.in_time(api.patch(&name, &written(), &patch)).await
     }
 
-    fn keep(&self, name: &str, wanted: WantedPort, object: Intercept) {
+    fn keep(
+        &self,
+        name: &str,
+        wanted: WantedPort,
+        object: Intercept,
+        to_pod: Vec<to_pod::Forward>,
+    ) {
         let object_name = object.name_any();
         let (seen_tx, seen_rx) = watch::channel(Seen::There(Box::new(object)));
         let (login, namespace) = (self.login.clone(), self.namespace.clone());
         let following = follow(login, namespace, object_name.clone(), seen_tx);
+        let to_pod = (!to_pod.is_empty()).then(|| {
+            let pods = to_pod::Pods {
+                login: self.login.clone(),
+                namespace: self.namespace.clone(),
+                seen_rx: seen_rx.clone(),
+                tunnel: self.tunnel.clone(),
+            };
+            AbortOnDropHandle::new(tokio::spawn(to_pod::serve(to_pod, pods)))
+        });
         let entry = Entry {
             object: object_name,
             wanted,
             counts: Arc::default(),
             seen_rx,
             _watch: AbortOnDropHandle::new(tokio::spawn(following)),
+            _to_pod: to_pod,
         };
         self.lock().entry(name.to_owned()).or_default().push(entry);
         self.set_count();

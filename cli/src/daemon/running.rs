@@ -201,7 +201,7 @@ async fn assemble(
         split: split_rx,
     };
     let credentials = parameters.credentials.as_ref();
-    let intercepts = intercepts_of(access).map(Arc::new);
+    let intercepts = intercepts_of(access, &upstream).map(Arc::new);
     let shared = Arc::new(Shared {
         name: claim.name.clone(),
         namespace: access.namespace().to_owned(),
@@ -281,9 +281,10 @@ async fn assemble(
 }
 
 /// Only an installed manager has intercepts, and it is one that admits Sessions.
-fn intercepts_of(access: &Access) -> Option<Intercepts> {
+fn intercepts_of(access: &Access, upstream: &proxy::Upstream) -> Option<Intercepts> {
     let (login, lease) = (access.login()?.clone(), access.lease()?);
-    Some(Intercepts::new(login, lease, access.namespace().to_owned()))
+    let (namespace, tunnel) = (access.namespace().to_owned(), upstream.tunnel.clone());
+    Some(Intercepts::new(login, lease, namespace, tunnel))
 }
 
 async fn serve_inbound(tunnel: watch::Receiver<Option<Tunnel>>, intercepts: Arc<Intercepts>) {

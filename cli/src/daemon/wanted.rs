@@ -28,6 +28,9 @@ pub struct Wanted {
     pub close_idle: bool,
     /// How the agent gets into the pods.
     pub attach: AttachMode,
+    /// Ports of this machine's loopback that lead to the ports of the same number of a pod.
+    #[serde(default)]
+    pub to_pod: Vec<u16>,
     /// Whether the intercept ends with the command that asked for it.
     pub held: bool,
 }

@@ -7,6 +7,7 @@ pub mod env;
 pub mod example;
 pub mod flags;
 pub mod guess;
+pub mod missing;
 pub mod ports;
 pub mod request;
 pub mod workload;

@@ -292,7 +292,12 @@ async fn one_intercept() -> (Arc<ApiServer>, Arc<SessionLease>, Intercepts) {
     let (api, login) = ApiServer::start().await;
     let lease = Arc::new(SessionLease::new(login.clone(), "shop".to_owned()));
     lease.ensure().await.unwrap();
-    let intercepts = Intercepts::new(login, Arc::clone(&lease), "shop".to_owned());
+    let intercepts = Intercepts::new(
+        login,
+        Arc::clone(&lease),
+        "shop".to_owned(),
+        watch::channel(None).1,
+    );
     let port = WantedPort {
         port: 8080,
         protocol: Default::default(),
@@ -315,6 +320,7 @@ async fn one_intercept() -> (Arc<ApiServer>, Arc<SessionLease>, Intercepts) {
         tls_secret: None,
         close_idle: false,
         attach: AttachMode::Auto,
+        to_pod: Vec::new(),
         held: false,
     };
     intercepts.make(&wanted).await.unwrap();
