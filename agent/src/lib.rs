@@ -14,7 +14,7 @@
 //!    [`tp_tunnel::Identity::from_seed`]; then it is the client of a tunnel ([`tp_tunnel::Tunnel::establish_with`]). It pings every
 //!    second ([`tp_tunnel::Settings::ping_interval`]): a manager that is silent for three is dropped.
 //! 3. It keeps some [`tp_tunnel::Tunnel::accept`] waiting, for connections and for flows of datagrams alike. Each [`tp_tunnel::Incoming`] names the uid of an intercept; the manager
-//!    offers it to the session's own [`tp_tunnel::Workstation::open`], says `opened()` or `refuse()` within the second that
+//!    offers it, as it is named, to the session's own [`tp_tunnel::Workstation::open`], says `opened()` or `refuse()` within the second that
 //!    the agent waits, and joins the two with [`tp_tunnel::join`]. A workstation that is suspect is refused at once.
 //! 4. It PUTs a [`tp_manager_api::RouteTable`] with *its own* intercepts to [`tp_manager_api::route_table::ROUTES_PATH`] when they change
 //!    and every five seconds, since a table holds for [`tp_manager_api::route_table::LEASE`]. An empty one makes the agent dormant
@@ -38,6 +38,7 @@ pub mod heartbeat;
 pub mod parent;
 pub mod redirect;
 pub mod route;
+pub mod sightings;
 mod socket;
 pub mod upstream;
 pub mod worker;

@@ -89,6 +89,7 @@ pub async fn serve(
         book: Book::new(lease),
         budget: Budget::default(),
         changed: Notify::new(),
+        sightings: Arc::default(),
         parent,
         stop: stop.clone(),
         own: OnceLock::new(),

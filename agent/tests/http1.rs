@@ -10,6 +10,7 @@ use common::{ADA, Client, ada, agent, agent_with, scripted, server, soon};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tp_manager_api::sighting::AnsweredBy;
 
 #[tokio::test]
 async fn requests_of_one_connection_go_each_to_whom_they_belong() {
@@ -243,6 +244,27 @@ async fn when_the_local_port_is_closed_the_application_answers_and_says_so() {
     let answer = client.get("/strict", ADA).await;
     assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
     assert!(!agent.app.received().contains("/strict"));
+}
+
+#[tokio::test]
+async fn who_watches_is_told_of_each_request_of_theirs_and_of_no_other() {
+    let agent = agent().await;
+    let mut sightings = agent.watch();
+    let mut client = agent.connect().await;
+    let secret = format!("{ADA}authorization: Bearer secret\r\n");
+    client.get("/first?a=b", &secret).await;
+    client.get("/others", "x-tp-user: eve\r\n").await;
+    client.get("/second", ADA).await;
+
+    for target in ["/first?a=b", "/second"] {
+        let seen = soon(sightings.recv()).await.unwrap();
+        assert_eq!(
+            (seen.method.as_str(), seen.target.as_str()),
+            ("GET", target)
+        );
+        assert_eq!((seen.by, seen.status), (AnsweredBy::Workstation, Some(200)));
+        assert!(!format!("{seen:?}").contains("secret"), "{seen:?}");
+    }
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
+use tp_manager_api::sighting::AnsweredBy;
 
 /// Answers `NAME METHOD TARGET SIZE-OF-BODY`, with the trailer `grpc-status`. `/reset` is reset, `/early` is answered
 /// before its body.
@@ -202,6 +203,22 @@ async fn when_the_local_port_is_closed_the_application_answers_and_says_so() {
         soon(response).await.unwrap().status(),
         StatusCode::BAD_GATEWAY
     );
+}
+
+#[tokio::test]
+async fn who_watches_is_told_of_each_stream_of_theirs_and_of_no_other() {
+    let agent = agent().await;
+    let mut sightings = agent.watch();
+    let requests = client(agent.address).await;
+    for (path, user) in [("/first", "ada"), ("/others", "eve"), ("/second", "ada")] {
+        call(&requests, path, user, b"").await;
+    }
+
+    for target in ["/first", "/second"] {
+        let seen = soon(sightings.recv()).await.unwrap();
+        assert_eq!(seen.target, target);
+        assert_eq!((seen.by, seen.status), (AnsweredBy::Workstation, Some(200)));
+    }
 }
 
 #[tokio::test]

@@ -135,7 +135,7 @@ impl Manager {
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { drop(driver.await) });
         for _ in 0..16 {
-            tasks.spawn(workstation(tunnel.clone(), self.local));
+            tasks.spawn(workstation(tunnel.clone(), self.local, Default::default()));
         }
         loop {
             let answer = tunnel.control(Method::PUT, "/v1/routes", self.table.clone());

@@ -68,7 +68,7 @@ async fn get_at(address: &str, fields: &str) -> std::io::Result<String> {
 /// Dials the agent as its manager does, pushes the route of ada and takes flows for the local address.
 async fn manage(manager: &Identity, local: SocketAddr) -> Tunnel {
     let tunnel = dial(manager).await;
-    tokio::spawn(workstation(tunnel.clone(), local));
+    tokio::spawn(workstation(tunnel.clone(), local, Default::default()));
     push(&tunnel, &ada(false)).await;
     tunnel
 }

@@ -23,6 +23,7 @@ use crate::book::{Book, Live, Port};
 use crate::budget::Budget;
 use crate::heartbeat::Parent;
 use crate::route::{Need, Via, need};
+use crate::sightings::Sightings;
 use crate::socket::Socket;
 use crate::upstream::{Dialing, READ, dial, reset_on_close};
 use detect::{Protocol, detect};
@@ -43,6 +44,8 @@ pub struct Shared {
     pub budget: Budget,
     /// Told when routes were pushed, so that the kernel hears of it at once.
     pub changed: Notify,
+    /// Whom requests of theirs are told.
+    pub sightings: Arc<Sightings>,
     /// Who changes the packet filter; `None` where nobody redirects.
     pub parent: Option<Parent>,
     /// The pod's address, as the manager found it.

@@ -12,13 +12,14 @@ use std::time::Duration;
 
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tp_agent::worker::{Destination, Inbound, Listeners, Worker, serve};
+use tp_manager_api::sighting::{OFFER, Sighting};
 use tp_tunnel::carrier::tls::connect_tls;
-use tp_tunnel::{Identity, Settings, Tunnel, relay};
+use tp_tunnel::{Identity, Incoming, Settings, Tunnel, relay};
 
 pub const SEED: &str = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60";
 
@@ -32,6 +33,7 @@ pub struct Agent {
     /// The manager's connection.
     pub tunnel: Tunnel,
     pub control: SocketAddr,
+    watcher: Watcher,
     driver: AbortHandle,
     stop: Option<oneshot::Sender<()>>,
     /// Dropped with everything else.
@@ -94,8 +96,13 @@ pub async fn agent_with(app: Server, local: Server, lease: Duration) -> Agent {
     };
     let (tunnel, driver) = Tunnel::establish_with(tls, settings).await.unwrap();
     let driver = tasks.spawn(async move { drop(driver.await) });
+    let watcher = Watcher::default();
     for _ in 0..8 {
-        tasks.spawn(workstation(tunnel.clone(), local.address));
+        tasks.spawn(workstation(
+            tunnel.clone(),
+            local.address,
+            Arc::clone(&watcher),
+        ));
     }
     Agent {
         address,
@@ -103,16 +110,28 @@ pub async fn agent_with(app: Server, local: Server, lease: Duration) -> Agent {
         local,
         tunnel,
         control: control_address,
+        watcher,
         driver,
         stop: Some(stop),
         _running: tasks,
     }
 }
 
+/// Where sightings go while somebody watches.
+pub type Watcher = Arc<Mutex<Option<mpsc::UnboundedSender<Sighting>>>>;
+
 /// Takes every flow for the local address.
-pub async fn workstation(tunnel: Tunnel, local: SocketAddr) {
+pub async fn workstation(tunnel: Tunnel, local: SocketAddr, watcher: Watcher) {
     let mut flows = JoinSet::new();
     while let Ok(incoming) = tunnel.accept().await {
+        if incoming.intercept().starts_with(OFFER) {
+            let watching = watcher.lock().unwrap().clone();
+            match watching {
+                Some(watching) => drop(flows.spawn(watch(incoming, watching))),
+                None => incoming.refuse().await,
+            }
+            continue;
+        }
         flows.spawn(async move {
             match TcpStream::connect(local).await {
                 Ok(tcp) => {
@@ -126,7 +145,24 @@ pub async fn workstation(tunnel: Tunnel, local: SocketAddr) {
     }
 }
 
+async fn watch(incoming: Incoming, watching: mpsc::UnboundedSender<Sighting>) {
+    let (reader, _writer) = incoming.opened().await.unwrap().into_io();
+    let mut lines = BufReader::new(reader).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        if watching.send(serde_json::from_str(&line).unwrap()).is_err() {
+            return;
+        }
+    }
+}
+
 impl Agent {
+    /// Watches from now on.
+    pub fn watch(&self) -> mpsc::UnboundedReceiver<Sighting> {
+        let (watching, sightings) = mpsc::unbounded_channel();
+        *self.watcher.lock().unwrap() = Some(watching);
+        sightings
+    }
+
     /// Replaces the intercepts of the one port.
     pub async fn push(&self, intercepts: Value) {
         let (status, why) = self.try_push(intercepts).await;

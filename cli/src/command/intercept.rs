@@ -11,6 +11,7 @@ use tp_manager_api::route_table::Protocol;
 
 use super::child::{self, Signals};
 use super::connect::before_command;
+use super::watch;
 use crate::daemon::held::Held;
 use crate::daemon::inbound::LocalAddress;
 use crate::daemon::peers::{self, Peer};
@@ -87,6 +88,11 @@ pub struct Args {
     /// What reaches the local port is never encrypted; taken for the sake of scripts
     #[arg(long, hide = true)]
     pub plaintext: bool,
+    /// Print each request that was this intercept's once it was answered, until Ctrl-C, which leaves the intercept as it is;
+    /// of an intercept that is there already, too. `--output json` has the headers; values of authorization and cookies are
+    /// hidden
+    #[arg(long)]
+    pub watch: bool,
     #[command(flatten)]
     missing: MissingFlags,
     /// Write the container's environment to this file; `-` is stdout
@@ -150,13 +156,25 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
     args.missing.refuse()?;
     if args.command.is_empty() {
         let peer = peers::one(args.connection.as_deref())?;
+        if args.watch && args.is_there(&peer).await {
+            return watched(&peer, &args.name, *output).await;
+        }
         let plan = args.plan(&peer).await?;
         // What stays in the file after this command is of the intercept that it made.
         let made = report::step("intercepting", peer.intercept(plan.wanted.clone())).await;
         let (_, statuses) = made?;
-        return say(&args, plan, statuses, *output);
+        say(&args, plan, statuses, *output)?;
+        return match args.watch {
+            true => watched(&peer, &args.name, *output).await,
+            false => Ok(ExitCode::SUCCESS),
+        };
     }
     with_command(&args).await
+}
+
+async fn watched(peer: &Peer, name: &str, output: Output) -> Result<ExitCode, Failure> {
+    watch::print(peer.watch(name).await?, output).await?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn with_command(args: &Args) -> Result<ExitCode, Failure> {
@@ -168,16 +186,21 @@ async fn with_command(args: &Args) -> Result<ExitCode, Failure> {
         let plan = args.plan(&peer).await?;
         let made = report::step("intercepting", peer.intercept(plan.wanted.clone())).await;
         let (held, statuses) = made?;
-        Ok::<_, Failure>((held, statuses, plan, proxy))
+        let watch = match args.watch {
+            true => Some(peer.watch(&args.name).await?),
+            false => None,
+        };
+        Ok::<_, Failure>((held, statuses, plan, proxy, watch))
     };
     let made = tokio::select! {
         made = making => made,
         _ = signals.next() => Err(Failure::new("interrupted before the command started")),
     };
-    let (held, statuses, plan, proxy) = made.map_err(before_command)?;
+    let (held, statuses, plan, proxy, watch) = made.map_err(before_command)?;
     let variables = args.environment(&plan, &statuses, proxy);
     tell(&plan, &statuses);
     args.write_files(&plan, &statuses)?;
+    let _watching = watch.map(watch::print_beside);
     match child::start(&args.command, &variables, open_files) {
         Ok(child) => attend(child, held, &mut signals).await,
         Err(failure) => {
@@ -213,6 +236,14 @@ async fn attend(
 }
 
 impl Args {
+    /// Whether an intercept of this name is up.
+    async fn is_there(&self, peer: &Peer) -> bool {
+        let intercepts = peer.status().await.intercepts;
+        intercepts
+            .iter()
+            .any(|intercept| intercept.name == self.name)
+    }
+
     async fn plan(&self, peer: &Peer) -> Result<Plan, Failure> {
         let chosen = self.matchers.choose()?;
         let (selectors, namespace) = peer.login().await?;
@@ -425,7 +456,7 @@ fn say(
     plan: Plan,
     statuses: Vec<InterceptStatus>,
     output: Output,
-) -> Result<ExitCode, Failure> {
+) -> Result<(), Failure> {
     args.write_files(&plan, &statuses)?;
     warn(&plan, &statuses);
     let made = Made {
@@ -442,7 +473,7 @@ fn say(
             told(&made.intercepts, made.curl.as_deref(), to_pod)
         })?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 impl Args {

@@ -22,6 +22,7 @@ pub mod status;
 pub mod uninstall;
 pub mod upgrade;
 pub mod version;
+mod watch;
 
 use std::process::ExitCode;
 

@@ -41,6 +41,11 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// Tell me which requests are an intercept's. What follows on the socket is [`super::sightings`]'s.
+    Watch {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// What it answers.
@@ -77,6 +82,8 @@ pub enum Reply {
     },
     /// To [`Request::Intercept`]: it is being made.
     Intercepting,
+    /// To [`Request::Watch`]: they follow.
+    Watching,
     /// To [`Request::Leave`].
     Left {
         /// Whether there was one.
@@ -105,7 +112,7 @@ const DONE_WITHIN: Duration = Duration::from_secs(15);
 const AT_ONCE: usize = 16;
 
 /// Answers requests until `shutdown`, then lets those under way finish. `answer` is called once for each. The socket of
-/// a [`Request::Run`] and of a [`Request::Intercept`] goes to `lend`, which has to end by itself at shutdown.
+/// a [`Request::Run`], a [`Request::Intercept`] and a [`Request::Watch`] goes to `lend`, which has to end by itself at shutdown.
 pub async fn serve<F, A, L, B>(
     listener: UnixListener,
     shutdown: CancellationToken,
@@ -163,7 +170,10 @@ where
         return Ok(None);
     }
     // The other side waits for the reply before it says more, so nothing is lost with the buffer.
-    let is_lent = matches!(reply, Reply::Run { .. } | Reply::Intercepting);
+    let is_lent = matches!(
+        reply,
+        Reply::Run { .. } | Reply::Intercepting | Reply::Watching
+    );
     let lent = request.ok().filter(|_| is_lent);
     Ok(lent.map(|request| (stream.into_inner(), request)))
 }
@@ -204,6 +214,7 @@ impl Daemon {
             | Request::Env
             | Request::Run
             | Request::Login
+            | Request::Watch { .. }
             | Request::Intercept(_) => ANSWERED_WITHIN,
         };
         within(WRITTEN_WITHIN, write_line(&mut self.stream, &request)).await?;
@@ -288,9 +299,11 @@ mod tests {
                 domain: "cluster.local".into(),
             },
             Request::Intercept(_) => Reply::Intercepting,
-            Request::Status | Request::Login | Request::Leave { .. } => Reply::Refused {
-                reason: "no".into(),
-            },
+            Request::Status | Request::Login | Request::Watch { .. } | Request::Leave { .. } => {
+                Reply::Refused {
+                    reason: "no".into(),
+                }
+            }
         }
     }
 

@@ -17,10 +17,13 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tp_manager_api::route_table::Protocol;
+use tp_manager_api::sighting::OFFER;
 use tp_tunnel::{
     Incoming, OPENED_TIMEOUT, OpenError, Refusal, Tunnel, relay, relay_datagrams,
     set_up_flow_socket,
 };
+
+use super::sightings::{self, Sightings};
 
 /// Streams that wait at a time: as many flows can arrive at once without waiting for a round trip.
 const POSTED: usize = 32;
@@ -57,6 +60,8 @@ pub struct Way {
     pub protocol: Protocol,
     /// What went there.
     pub counts: Arc<Counts>,
+    /// For who watches.
+    pub sightings: Sightings,
 }
 
 /// Knows where each intercept leads.
@@ -213,10 +218,14 @@ async fn join_datagrams(incoming: Incoming, way: Way) {
 
 /// One flow, from the offer to its end.
 async fn join(mut incoming: Incoming, ways: Arc<impl Ways>) {
-    let Some(way) = ways.way(incoming.intercept()) else {
+    let uid = incoming.intercept().strip_prefix(OFFER);
+    let Some(way) = ways.way(uid.unwrap_or(incoming.intercept())) else {
         tracing::warn!(intercept = incoming.intercept(), "offered, and not ours");
         return incoming.refuse().await;
     };
+    if uid.is_some() {
+        return sightings::receive(incoming, way.sightings).await;
+    }
     if way.protocol == Protocol::Udp {
         return join_datagrams(incoming, way).await;
     }

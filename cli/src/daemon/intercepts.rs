@@ -32,6 +32,7 @@ use super::peers;
 use super::secrets;
 use super::services::refusal;
 use super::session::{SessionLease, host_name};
+use super::sightings::Sightings;
 use super::status::InterceptStatus;
 use super::wanted::{Wanted, WantedPort};
 use crate::kubeconfig::Cluster;
@@ -61,6 +62,8 @@ struct Entry {
     object: String,
     wanted: WantedPort,
     counts: Arc<Counts>,
+    /// One for all ports of a name.
+    sightings: Sightings,
     seen_rx: watch::Receiver<Seen>,
     _watch: AbortOnDropHandle<()>,
     /// Serves ports of this machine that lead to its pods.
@@ -85,6 +88,7 @@ impl Ways for Intercepts {
             to: entry.wanted.local.clone(),
             protocol: entry.wanted.protocol,
             counts: Arc::clone(&entry.counts),
+            sightings: entry.sightings.clone(),
         })
     }
 }
@@ -189,6 +193,12 @@ impl Intercepts {
         let mut statuses = self.statuses();
         statuses.retain(|status| status.name == name);
         Ok(statuses)
+    }
+
+    /// The sightings of an intercept of this name.
+    pub(super) fn sightings(&self, name: &str) -> Option<Sightings> {
+        let held = self.lock();
+        Some(held.get(name)?.first()?.sightings.clone())
     }
 
     /// Removes an intercept. Says whether there was one.
@@ -387,10 +397,12 @@ impl Intercepts {
             };
             AbortOnDropHandle::new(tokio::spawn(to_pod::serve(to_pod, pods)))
         });
+        let sightings = self.sightings(name).unwrap_or_default();
         let entry = Entry {
             object: object_name,
             wanted,
             counts: Arc::default(),
+            sightings,
             seen_rx,
             _watch: AbortOnDropHandle::new(tokio::spawn(following)),
             _to_pod: to_pod,

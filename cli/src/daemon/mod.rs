@@ -27,6 +27,7 @@ pub mod screen;
 pub mod secrets;
 pub mod services;
 pub mod session;
+pub mod sightings;
 pub mod status;
 pub mod supervisor;
 pub mod sys;

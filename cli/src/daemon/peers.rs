@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::control::{Daemon, Reply, Request};
 use super::folder::{self, Folder};
 use super::held::Held;
+use super::sightings::Watch;
 use super::status::{ConnectionStatus, InterceptStatus, State};
 use super::wanted::Wanted;
 use crate::kubeconfig::Selectors;
@@ -203,6 +204,26 @@ impl Peer {
         match ask(&self.socket, Request::Leave { name }).await {
             Ok(Reply::Left { found }) => Ok(found),
             other => Err(self.unexpected(other)),
+        }
+    }
+
+    /// Asks it to tell which requests are an intercept's from now on.
+    ///
+    /// # Errors
+    /// There is no such intercept, or the daemon does not answer.
+    pub async fn watch(&self, name: &str) -> Result<Watch, Failure> {
+        let name = name.to_owned();
+        let asked = async {
+            let mut daemon = Daemon::connect(&self.socket).await?;
+            let reply = daemon.ask(Request::Watch { name }).await?;
+            std::io::Result::Ok((daemon, reply))
+        };
+        match asked.await {
+            Ok((daemon, Reply::Watching)) => {
+                let begun = Watch::begin(daemon.into_stream()).await;
+                begun.map_err(|error| self.silent(&error.to_string()))
+            }
+            other => Err(self.unexpected(other.map(|(_, reply)| reply))),
         }
     }
 

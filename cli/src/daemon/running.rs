@@ -31,7 +31,7 @@ use super::screen::Screen;
 use super::services::{self, Known};
 use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
 use super::supervisor::{Facts, Supervisor};
-use super::{asked, environment, inbound, listen, log, peers, secrets};
+use super::{asked, environment, inbound, listen, log, peers, secrets, sightings};
 use crate::huge_pages;
 use crate::proxy::{self, Counters, split::Split, split::UserRules};
 use crate::report::{Failure, OrFail};
@@ -428,6 +428,15 @@ impl Shared {
                 },
                 None => Reply::Left { found: false },
             },
+            Request::Watch { name } => {
+                let intercepts = self.intercepts.as_ref();
+                match intercepts.and_then(|intercepts| intercepts.sightings(&name)) {
+                    Some(_) => Reply::Watching,
+                    None => {
+                        Reply::Failed(Failure::new(format!("there is no intercept named {name}")))
+                    }
+                }
+            }
         }
     }
 
@@ -601,6 +610,12 @@ fn lender(
         (Request::Intercept(wanted), Some(intercepts)) => Box::pin(asked::serve(
             stream,
             *wanted,
+            Arc::clone(intercepts),
+            stop.clone(),
+        )),
+        (Request::Watch { name }, Some(intercepts)) => Box::pin(sightings::serve(
+            stream,
+            name,
             Arc::clone(intercepts),
             stop.clone(),
         )),

@@ -16,6 +16,7 @@ pub mod policy;
 pub mod route_table;
 #[cfg(feature = "kube")]
 pub mod session;
+pub mod sighting;
 pub mod tls;
 
 pub use cluster_view::ClusterView;

@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tp_manager_api::RouteTable;
 use tp_manager_api::route_table::{CONNECTIONS_PATH, LEASE, OpenConnections, ROUTES_PATH};
+use tp_manager_api::sighting::OFFER;
 use tp_manager_api::tls::{CREDENTIALS_PATH, FINDINGS_PATH, Findings, Found};
 use tp_tunnel::carrier::ReadAhead;
 use tp_tunnel::carrier::tls::connect_tls;
@@ -399,7 +400,9 @@ async fn accept(
     }
 }
 
-fn routes(table: &RouteTable, intercept: &str) -> bool {
+/// Whether the table has the intercept that a flow is offered for, or sightings of it.
+fn routes(table: &RouteTable, offered: &str) -> bool {
+    let intercept = offered.strip_prefix(OFFER).unwrap_or(offered);
     let mut routes = table.ports.iter().flat_map(|port| &port.intercepts);
     routes.any(|route| route.id == intercept)
 }

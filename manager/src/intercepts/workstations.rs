@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tp_manager_api::route_table::LEASE;
+use tp_manager_api::sighting::OFFER;
 use tp_manager_api::tls::Handover;
 use tp_tunnel::{Attention, Flow, NotOpened, Workstation};
 
@@ -200,7 +201,10 @@ impl Workstations {
         peer: SocketAddr,
     ) -> Result<(Flow, Attention), NotOpened> {
         let opened = self.open_newest(intercept, peer).await;
-        self.metrics.inbound(opened.is_ok());
+        // Sightings are no traffic.
+        if !intercept.starts_with(OFFER) {
+            self.metrics.inbound(opened.is_ok());
+        }
         opened
     }
 
@@ -220,7 +224,9 @@ impl Workstations {
 
     fn connections(&self, intercept: &str) -> Vec<Arc<Connection>> {
         let inner = self.inner();
-        let owner = inner.owners.get(intercept);
+        let owner = inner
+            .owners
+            .get(intercept.strip_prefix(OFFER).unwrap_or(intercept));
         let place = owner.and_then(|session| inner.places.get(session));
         let connections = place.into_iter().flat_map(|place| &place.connections);
         connections.rev().map(Arc::clone).collect()

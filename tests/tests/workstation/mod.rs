@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
+use tp_manager_api::sighting::OFFER;
 use tp_tests::{Cluster, eventually, time_in};
 use tp_tunnel::carrier::tls::connect_tls;
 use tp_tunnel::{Identity, Tunnel};
@@ -265,6 +266,10 @@ async fn serve(tunnel: Tunnel, served: Arc<AtomicU64>) {
         let (tunnel, served) = (tunnel.clone(), Arc::clone(&served));
         tokio::spawn(async move {
             while let Ok(incoming) = tunnel.accept().await {
+                if incoming.intercept().starts_with(OFFER) {
+                    incoming.refuse().await;
+                    continue;
+                }
                 served.fetch_add(1, Relaxed);
                 tokio::spawn(async move {
                     if let Ok(mut flow) = incoming.opened().await {

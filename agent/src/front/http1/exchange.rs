@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
 use std::task::Poll;
 
 use bytes::{Bytes, BytesMut};
@@ -51,7 +51,7 @@ enum Stop {
 }
 
 /// Sends `first` (the head, and what of the body was looked at) and the rest of the body, and passes the answer on with
-/// `marks` added.
+/// `marks` added. `status` becomes that of the answer.
 pub(super) async fn exchange(
     client: &mut Client,
     upstream: &mut Upstream,
@@ -59,6 +59,7 @@ pub(super) async fn exchange(
     mut first: BytesMut,
     body: &mut Body,
     marks: &[(&str, &str)],
+    status: &AtomicU16,
 ) -> Result<Served, Failure> {
     let (sent, answered) = (AtomicBool::new(false), AtomicBool::new(false));
     let Client {
@@ -95,6 +96,7 @@ pub(super) async fn exchange(
         request,
         marks,
         &answered,
+        status,
     ));
     let (answer, deaf) = tokio::select! {
         biased;
@@ -179,6 +181,7 @@ async fn receive(
     request: &Request,
     marks: &[(&str, &str)],
     answered: &AtomicBool,
+    status: &AtomicU16,
 ) -> Result<Served, Stop> {
     let mut out = BytesMut::new();
     let (mut body, served) = loop {
@@ -197,6 +200,9 @@ async fn receive(
                 break (Body::new(Framing::UntilClose), Served::Closed);
             }
         };
+        if !matches!(response.status, 100 | 102..200) {
+            status.store(response.status, Relaxed);
+        }
         match response.status {
             101 if request.upgrades() => {
                 answered.store(true, Relaxed);

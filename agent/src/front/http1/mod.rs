@@ -7,11 +7,13 @@ mod exchange;
 pub mod head;
 
 use std::io;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::sync::watch;
 use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
+use tp_manager_api::sighting::AnsweredBy;
 use tp_tunnel::Workstation;
 
 use super::{FALLBACK, Place, Shared, opaque, open, stopping};
@@ -150,6 +152,8 @@ pub(super) async fn serve(
             buffered: BytesMut::new(),
             place: &place,
             shared,
+            status: AtomicU16::new(0),
+            falls_back: false,
         };
         match turn.serve().await {
             Then::Next => {}
@@ -266,6 +270,10 @@ struct Turn<'a> {
     buffered: BytesMut,
     place: &'a Place,
     shared: &'a Shared,
+    /// Of the answer; 0 before it.
+    status: AtomicU16,
+    /// The application answers what was a workstation's.
+    falls_back: bool,
 }
 
 impl Turn<'_> {
@@ -281,8 +289,28 @@ impl Turn<'_> {
             decided @ (Decision::App | Decision::Mine(_)) => decided,
         };
         match decision {
-            Decision::Mine(live) => self.by_workstation(live).await,
+            Decision::Mine(live) => {
+                let (sightings, peer) = (&self.shared.sightings, self.place.peer);
+                let noted = sightings.note(&live.route.id, &head, peer);
+                let then = self.by_workstation(live).await;
+                if let Some(noted) = noted {
+                    let (by, status) = self.outcome(&then);
+                    let sighting = noted.answered(by, status);
+                    sightings.tell(live, peer, &sighting, &self.shared.budget);
+                }
+                then
+            }
             Decision::App | Decision::NeedsBody => self.by_app(&[]).await,
+        }
+    }
+
+    /// Who answered, and how.
+    fn outcome(&self, then: &Then) -> (AnsweredBy, Option<u16>) {
+        match (then, self.status.load(Relaxed)) {
+            (Then::Gone, _) => (AnsweredBy::Nobody, Some(502)),
+            (_, 0) => (AnsweredBy::Nobody, None),
+            (_, status) if self.falls_back => (AnsweredBy::Application, Some(status)),
+            (_, status) => (AnsweredBy::Workstation, Some(status)),
         }
     }
 
@@ -391,7 +419,10 @@ impl Turn<'_> {
             None => match open(live, self.place.peer).await {
                 Ok(flow) => Upstream::workstation(flow),
                 Err(_) if live.route.strict => return Then::Gone,
-                Err(_) => return self.by_app(&[(FALLBACK, "1")]).await,
+                Err(_) => {
+                    self.falls_back = true;
+                    return self.by_app(&[(FALLBACK, "1")]).await;
+                }
             },
         };
         let first = self.head(To::Workstation);
@@ -444,6 +475,7 @@ impl Turn<'_> {
             first,
             &mut self.body,
             marks,
+            &self.status,
         )
         .await
     }

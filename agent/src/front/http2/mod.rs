@@ -9,6 +9,7 @@ mod queued;
 
 use std::collections::{HashMap, hash_map};
 use std::future::poll_fn;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -23,6 +24,7 @@ use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use tokio::sync::{mpsc, oneshot};
 use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
+use tp_manager_api::sighting::AnsweredBy;
 use tp_tunnel::{ByteStream, Workstation};
 
 use super::prefixed::Prefixed;
@@ -245,6 +247,14 @@ impl Peers {
             }
             decided @ (Decision::App | Decision::Mine(_)) => decided,
         };
+        let noted = match &decision {
+            Decision::Mine(live) => {
+                let sightings = &self.shared.sightings;
+                let noted = sightings.note(&live.route.id, &to_match, self.place.peer);
+                noted.map(|noted| (noted, *live))
+            }
+            Decision::App | Decision::NeedsBody => None,
+        };
         let (peer, fallback, mine) = match decision {
             Decision::Mine(live) => match body.meanwhile(self.peer(Whose::Mine(live))).await {
                 Ok(peer) => (Ok(peer), false, true),
@@ -256,7 +266,8 @@ impl Peers {
             }
         };
         drop(to_match);
-        match peer {
+        let status = AtomicU16::new(0);
+        let ended = match peer {
             Ok(peer) => {
                 let request = self.place.next_request(head, mine);
                 let exchange = Exchange {
@@ -264,13 +275,30 @@ impl Peers {
                     to_client: self.to_client.clone(),
                     fallback,
                     mine,
+                    status: &status,
                 };
-                return exchange.run(peer, request, body).await;
+                exchange.run(peer, request, body).await
             }
-            Err(Unreachable) if mine => answer(&mut respond, StatusCode::BAD_GATEWAY, GONE),
-            Err(Unreachable) => respond.send_reset(Reason::REFUSED_STREAM),
+            Err(Unreachable) if mine => {
+                answer(&mut respond, StatusCode::BAD_GATEWAY, GONE);
+                Ended::Stream
+            }
+            Err(Unreachable) => {
+                respond.send_reset(Reason::REFUSED_STREAM);
+                Ended::Stream
+            }
+        };
+        if let Some((noted, live)) = noted {
+            let (by, status) = match (status.into_inner(), fallback) {
+                (0, _) => (AnsweredBy::Nobody, None),
+                (status, true) => (AnsweredBy::Application, Some(status)),
+                (status, false) => (AnsweredBy::Workstation, Some(status)),
+            };
+            let sighting = noted.answered(by, status);
+            let sightings = &self.shared.sightings;
+            sightings.tell(live, self.place.peer, &sighting, &self.shared.budget);
         }
-        Ended::Stream
+        ended
     }
 
     /// Reads the body for the operation in it; a body that is too large or too slow has none.
@@ -421,14 +449,16 @@ fn answer(respond: &mut SendResponse<Queued>, status: StatusCode, why: &str) {
 }
 
 /// One stream of the client and the stream that answers it.
-struct Exchange {
+struct Exchange<'a> {
     respond: SendResponse<Queued>,
     to_client: Queue,
     fallback: bool,
     mine: bool,
+    /// Becomes that of the answer.
+    status: &'a AtomicU16,
 }
 
-impl Exchange {
+impl Exchange<'_> {
     async fn run(mut self, mut peer: Peer, request: Request<()>, body: Intake) -> Ended {
         let empty = body.is_done();
         let (mut response, to_peer) = match peer.requests.send_request(request, empty) {
@@ -454,6 +484,7 @@ impl Exchange {
                     return Ended::Stream;
                 }
             };
+            self.status.store(head.status.as_u16(), Relaxed);
             if self.fallback {
                 let mark = HeaderValue::from_static("1");
                 head.headers.insert(FALLBACK, mark);

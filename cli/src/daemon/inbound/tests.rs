@@ -88,6 +88,7 @@ impl Rig {
             to,
             protocol: Protocol::Tcp,
             counts: Arc::clone(&counts),
+            sightings: Sightings::default(),
         };
         self.known.0.lock().unwrap().insert(uid.to_owned(), way);
         self.count_tx.send_modify(|count| *count += 1);

@@ -30,6 +30,24 @@ impl<'a> RequestHead<'a> {
         }
     }
 
+    /// The method.
+    pub fn method(&self) -> &'a str {
+        self.method
+    }
+
+    /// Path and query.
+    pub fn target(&self) -> Vec<u8> {
+        match self.query {
+            Some(query) => [self.path, b"?", query].concat(),
+            None => self.path.to_vec(),
+        }
+    }
+
+    /// Names and values, as they came.
+    pub fn fields(&self) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
+        self.fields.iter().copied()
+    }
+
     /// Values of the fields with this name, which is lower-case.
     pub(super) fn values(&self, name: &str) -> impl Iterator<Item = &'a [u8]> {
         self.fields
