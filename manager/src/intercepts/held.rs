@@ -4,6 +4,7 @@
 //! the first of the ready ones says so, so that nobody waits for an answer that nobody gives.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
@@ -29,6 +30,8 @@ pub(super) struct SessionView {
     pub(super) replica: Option<String>,
     /// Since when it does.
     pub(super) since: Instant,
+    /// Whether that was only a moment ago ([`HANDOVER`]).
+    pub(super) lately: bool,
     /// Whether it is past its end.
     pub(super) over: bool,
     /// Whether its workstation is connected to this replica.
@@ -37,6 +40,19 @@ pub(super) struct SessionView {
     pub(super) forbidden: bool,
     /// What its workstation read of the Secret that this intercept names.
     pub(super) tls: Option<Handover>,
+}
+
+/// How long a replica leaves its routes in agents after the Session has moved on: the next one has yet to connect to
+/// them, and until it has, requests would be nobody's but the application's.
+pub(super) const HANDOVER: Duration = Duration::from_secs(5);
+
+/// What a replica does for an intercept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Serves,
+    /// Another one serves it, and may not have got to the agents yet.
+    HandsOver,
+    Nothing,
 }
 
 /// Who asks.
@@ -55,18 +71,27 @@ impl Replica<'_> {
     }
 
     /// Whether a Session is this one's to serve or to report on.
-    fn answers_for(&self, session: Option<&SessionView>) -> bool {
+    fn part(&self, session: Option<&SessionView>) -> Part {
+        let if_first = match self.is_first() {
+            true => Part::Serves,
+            false => Part::Nothing,
+        };
         let Some(session) = session else {
-            return self.is_first();
+            return if_first;
+        };
+        let moved_on = match session.lately {
+            true => Part::HandsOver,
+            false => Part::Nothing,
         };
         match (&session.replica, session.here) {
+            (Some(replica), _) if replica == self.name => Part::Serves,
             // It moved on, and what is left here has not noticed.
-            (Some(replica), Here::Now(since)) if session.since > since => replica == self.name,
+            (Some(_), Here::Now(since)) if session.since > since => moved_on,
             // The status may be a moment behind; a connection is a fact.
-            (_, Here::Now(_)) => true,
-            (Some(replica), _) if replica == self.name => true,
-            (Some(replica), Here::Lately | Here::No) if self.ready.contains(replica) => false,
-            (Some(_) | None, Here::Lately | Here::No) => self.is_first(),
+            (_, Here::Now(_)) => Part::Serves,
+            (Some(replica), Here::Lately) if self.ready.contains(replica) => moved_on,
+            (Some(replica), Here::No) if self.ready.contains(replica) => Part::Nothing,
+            (Some(_) | None, Here::Lately | Here::No) => if_first,
         }
     }
 }
@@ -79,7 +104,8 @@ pub(super) fn hold(
     others: &[&Intercept],
     now: Timestamp,
 ) -> Option<(Held, Option<SessionUid>)> {
-    if !replica.answers_for(session) {
+    let part = replica.part(session);
+    if part == Part::Nothing {
         return None;
     }
     let intercept = &known.object;
@@ -110,6 +136,7 @@ pub(super) fn hold(
         attach: spec.attach,
         connected: session.is_some_and(|session| matches!(session.here, Here::Now(_))),
         problem: problem.or(untold),
+        outgoing: part == Part::HandsOver,
         tls,
         name,
     };
@@ -226,6 +253,7 @@ mod tests {
                 user: self.user.into(),
                 replica: self.replica.map(str::to_owned),
                 since: now,
+                lately: false,
                 over: false,
                 forbidden: false,
                 tls: None,
@@ -329,6 +357,42 @@ mod tests {
                 "{name} {session:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_replica_that_a_session_has_just_left_keeps_the_routes_for_the_next_one() {
+        let ready = ready();
+        let outgoing = |here, lately| {
+            let replica = Replica {
+                name: "one",
+                ready: &ready,
+            };
+            let session = SessionView {
+                lately,
+                ..SessionViewOf {
+                    replica: Some("two"),
+                    here,
+                    ..ADA
+                }
+                .view()
+            };
+            let held = hold(
+                &Known::new(mine()),
+                Some(&session),
+                replica,
+                &[],
+                Timestamp::now(),
+            );
+            held.map(|(held, _)| held.outgoing)
+        };
+
+        assert_eq!(outgoing(Seen::NowBeforeTheStatus, true), Some(true));
+        assert_eq!(outgoing(Seen::Lately, true), Some(true));
+        assert_eq!(outgoing(Seen::NowBeforeTheStatus, false), None);
+        assert_eq!(outgoing(Seen::Lately, false), None);
+        // It never had it.
+        assert_eq!(outgoing(Seen::No, true), None);
+        assert_eq!(outgoing(Seen::Now, true), Some(false));
     }
 
     #[test]

@@ -35,7 +35,7 @@ use tp_tunnel::Identity;
 use self::workstations::Workstations;
 
 use self::container::Blueprint;
-use self::held::{Replica, SessionView};
+use self::held::{HANDOVER, Replica, SessionView};
 use self::link::{Agent, Link};
 use self::plan::{KEPT, Plan, plan};
 use self::seen::Seen;
@@ -282,6 +282,7 @@ impl Controller {
             user: session.user.name.clone(),
             replica: replica.name,
             since: replica.since,
+            lately: replica.since.elapsed() < HANDOVER,
             over: session.is_over(),
             here: self.workstations.here(&session.uid),
             tls: uid.and_then(|id| self.workstations.handover(&session.uid, id)),

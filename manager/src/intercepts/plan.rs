@@ -89,6 +89,10 @@ pub(super) fn plan(world: &World<'_>) -> Plan {
     let mut plan = Plan::default();
     let mut steps: BTreeMap<PodUid, Step> = BTreeMap::new();
     for held in world.held {
+        if held.outgoing {
+            keep(world, held, &mut plan);
+            continue;
+        }
         let report = match &held.problem {
             Some(problem) => Report::of(held, Some(problem.clone())),
             None => serve(world, held, &mut steps, &mut plan),
@@ -96,6 +100,22 @@ pub(super) fn plan(world: &World<'_>) -> Plan {
         plan.reports.push(report);
     }
     plan
+}
+
+/// Leaves the routes of an intercept that another replica serves where they are.
+fn keep(world: &World<'_>, held: &Held, plan: &mut Plan) {
+    let scene = world.scenes.get(&held.name.0);
+    let scene = scene.filter(|_| held.problem.is_none());
+    for pod in scene.iter().flat_map(|scene| scene.pods_of(&held.workload)) {
+        let is_routed = |state: &LinkState| matches!(state, LinkState::Connected { routed, .. } if routed.contains(&held.id));
+        if let Some(agent) = pod
+            .agent()
+            .filter(|_| link_state(world, pod).is_some_and(is_routed))
+        {
+            let step = Step::Link(agent.container.clone());
+            take(world, held, pod, &step, plan);
+        }
+    }
 }
 
 fn serve(

@@ -51,6 +51,8 @@ pub(super) struct Held {
     pub(super) connected: bool,
     /// What is wrong with the intercept itself. Its pods are then left alone.
     pub(super) problem: Option<Problem>,
+    /// Another replica serves it now; agents that this one is connected to keep its route for a moment.
+    pub(super) outgoing: bool,
 }
 
 /// What is seen of a namespace.

@@ -52,6 +52,7 @@ fn held() -> Held {
         attach: AttachMode::Auto,
         connected: true,
         problem: None,
+        outgoing: false,
     }
 }
 
@@ -490,4 +491,27 @@ fn each_kind_of_workload_finds_its_pods() {
         let found: Vec<_> = scene.pods_of(&workload).map(|pod| &*pod.name).collect();
         assert_eq!(found, [expected], "{workload}");
     }
+}
+
+#[test]
+fn what_another_replica_serves_is_left_where_it_is_and_nothing_else_is_done_for_it() {
+    let at = |state| {
+        let mut case = Case::new(vec![running("a"), pod("b", json!({}))]);
+        case.held[0].outgoing = true;
+        case.linked("a", "tp-agent-0-1-0-1", state).plan()
+    };
+    let connected = |routed: &[&str]| LinkState::Connected {
+        routed: routed.iter().map(|id| (*id).to_owned()).collect(),
+        open_before: BTreeMap::new(),
+        unopened: BTreeMap::new(),
+    };
+
+    let kept = at(connected(&["id-1"]));
+    let table = &kept.links["uid-a"].orders.table;
+    assert_eq!(table.ports[0].intercepts[0].id, "id-1");
+    for plan in [kept, at(connected(&[]))] {
+        assert!(plan.attach.is_empty() && plan.reports.is_empty());
+        assert!(plan.look_for.is_empty() && plan.look_at.is_empty());
+    }
+    assert!(at(connected(&[])).links.is_empty());
 }
