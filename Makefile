@@ -57,8 +57,9 @@ fuzz: ## ten CPU minutes for each fuzz target (SECONDS_EACH=600)
 fuzz-smoke: ## twenty seconds for each fuzz target
 	tests/fuzz.sh 20
 
-soak: packages cluster binaries image ## the long counts: 100,000 short connections, 10,000 idle flows
+soak: packages cluster binaries image ## the long counts: 100,000 short connections, 10,000 idle flows, faults with 20 seeds
 	TP_SOAK=1 cargo test --locked -p tp-tests --test many_flows -- --nocapture --test-threads=1
+	TP_SOAK=1 cargo test --locked -p tp-tests --test intercept_faults --test intercept_faults_cluster -- --nocapture
 
 bench: bench-cluster bench-run ## the benchmarks, each against its peer in the same run
 	$(CARGO_TARGET_DIR)/release/tunnel

@@ -35,16 +35,6 @@ pub(crate) enum Version {
     Http2,
 }
 
-impl Version {
-    /// Two loads of one run, one a version, have numbers of their own.
-    fn first_flow(self) -> u32 {
-        match self {
-            Self::Http1 | Self::Fresh => 0,
-            Self::Http2 => 1000,
-        }
-    }
-}
-
 impl FromStr for Version {
     type Err = anyhow::Error;
 
@@ -58,16 +48,18 @@ impl FromStr for Version {
     }
 }
 
-/// Runs `flows` flows that make `per_second` requests together, until `stop`; those on their way are waited for.
+/// Runs `flows` flows, numbered from `first` on, that make `per_second` requests together, until `stop`; those on their
+/// way are waited for.
 pub(crate) async fn run(
     load: Arc<Load>,
+    first: u32,
     flows: u32,
     per_second: f64,
     version: Version,
     stop: CancellationToken,
 ) {
     let shared = Arc::new(Mutex::new(None));
-    let tasks: Vec<_> = (0..flows)
+    let tasks: Vec<_> = (first..first + flows)
         .map(|flow| {
             let client = match version {
                 Version::Http1 => Client::Http1(None),
@@ -75,7 +67,6 @@ pub(crate) async fn run(
                 Version::Http2 => Client::Http2(Arc::clone(&shared)),
             };
             let every = Duration::from_secs_f64(f64::from(flows) / per_second);
-            let flow = version.first_flow() + flow;
             tokio::spawn(Arc::clone(&load).flow(flow, every, client, stop.clone()))
         })
         .collect();
@@ -286,8 +277,15 @@ async fn send_http2(
     })
 }
 
-/// Sends a whole body, as the other side makes room.
-pub(crate) async fn send_body(
+/// Sends a whole body, and its end.
+async fn send_body(stream: &mut h2::SendStream<Bytes>, body: Bytes) -> anyhow::Result<()> {
+    send_data(stream, body).await?;
+    stream.send_data(Bytes::new(), true)?;
+    Ok(())
+}
+
+/// Sends bytes of a body, as the other side makes room.
+pub(crate) async fn send_data(
     stream: &mut h2::SendStream<Bytes>,
     mut body: Bytes,
 ) -> anyhow::Result<()> {
@@ -298,7 +296,6 @@ pub(crate) async fn send_body(
         let now = body.split_to(room.min(body.len()));
         stream.send_data(now, false)?;
     }
-    stream.send_data(Bytes::new(), true)?;
     Ok(())
 }
 

@@ -2,11 +2,11 @@
 //! `tp_tests::ledger`.
 //!
 //! ```text
-//! ledger serve FOLDER ADDRESS INSTANCE [DELAY_MS]                HTTP/1.1 and HTTP/2 by prior knowledge; says where it
-//!                                                                listens, runs until its stdin ends or it is killed
-//! ledger load FOLDER ADDRESS SEED FLOWS PER_SECOND h1|h1-fresh|h2 [NAME:VALUE]
-//!                                                                requests until stdin ends; those that the plan calls
-//!                                                                mine carry the header
+//! ledger serve FOLDER ADDRESS INSTANCE [DELAY_MS]
+//!     HTTP/1.1 and HTTP/2 by prior knowledge; says where it listens, runs until it is killed. Half of the delay comes
+//!     before a reply, half in the middle of its body
+//! ledger load FOLDER ADDRESS SEED FIRST_FLOW FLOWS PER_SECOND h1|h1-fresh|h2 [NAME:VALUE]
+//!     requests until stdin ends; those that the plan calls mine carry the header
 //! ```
 
 mod load;
@@ -39,6 +39,7 @@ async fn main() -> anyhow::Result<()> {
             folder,
             address,
             seed,
+            first_flow,
             flows,
             per_second,
             version,
@@ -64,6 +65,7 @@ async fn main() -> anyhow::Result<()> {
             });
             load::run(
                 Arc::new(load),
+                first_flow.parse()?,
                 flows.parse()?,
                 per_second.parse()?,
                 version.parse()?,

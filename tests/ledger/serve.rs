@@ -7,21 +7,23 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
+use futures::stream::{self, StreamExt as _};
 use http::{HeaderMap, Response, StatusCode};
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::{BodyExt as _, StreamBody};
+use hyper::body::Frame;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tp_tests::ledger::{Event, INSTANCE_HEADER, Label, Ledger, REQUEST_HEADER};
 
-use crate::load::read_body;
+use crate::load::{read_body, send_data};
 
 pub(crate) struct Server {
     pub(crate) ledger: Ledger,
     /// How it signs.
     pub(crate) instance: String,
-    /// Between request and reply.
+    /// What a reply takes: half of it before its head, half in the middle of its body.
     pub(crate) delay: Duration,
 }
 
@@ -55,7 +57,7 @@ impl Server {
                 Ok(body) => self.answer(&head.headers, &body.to_bytes()).await,
                 Err(_) => refusal("the body ended early"),
             };
-            Ok::<_, Infallible>(reply)
+            Ok::<_, Infallible>(reply.map(|body| self.slowly(body)))
         });
         let io = TokioIo::new(&mut stream);
         hyper::server::conn::http1::Builder::new()
@@ -72,13 +74,32 @@ impl Server {
     ) -> anyhow::Result<()> {
         let (head, body) = request.into_parts();
         let body = read_body(body).await?;
-        let (head, body) = self.answer(&head.headers, &body).await.into_parts();
-        let body = body.collect().await?.to_bytes();
+        let (head, mut body) = self.answer(&head.headers, &body).await.into_parts();
         let mut stream = respond.send_response(Response::from_parts(head, ()), false)?;
-        crate::load::send_body(&mut stream, body).await
+        let first = body.split_to(body.len() / 2);
+        send_data(&mut stream, first).await?;
+        tokio::time::sleep(self.delay / 2).await;
+        send_data(&mut stream, body).await?;
+        stream.send_data(Bytes::new(), true)?;
+        Ok(())
     }
 
-    async fn answer(&self, headers: &HeaderMap, body: &[u8]) -> Response<Full<Bytes>> {
+    /// A body with a length that comes in two halves.
+    fn slowly(
+        &self,
+        mut body: Bytes,
+    ) -> impl hyper::body::Body<Data = Bytes, Error = Infallible> + use<> {
+        let first = body.split_to(body.len() / 2);
+        let delay = self.delay / 2;
+        let second = async move {
+            tokio::time::sleep(delay).await;
+            body
+        };
+        let halves = stream::once(async { first }).chain(stream::once(second));
+        StreamBody::new(halves.map(|half| Ok(Frame::data(half))))
+    }
+
+    async fn answer(&self, headers: &HeaderMap, body: &[u8]) -> Response<Bytes> {
         let Ok(label) = label(headers) else {
             return refusal("not one of ours");
         };
@@ -88,8 +109,12 @@ impl Server {
             intact: exchange.request == body,
         };
         self.ledger.write(label.id, received);
-        tokio::time::sleep(self.delay).await;
-        let mut response = Response::new(Full::from(exchange.reply));
+        tokio::time::sleep(self.delay / 2).await;
+        let length = exchange.reply.len().into();
+        let mut response = Response::new(Bytes::from(exchange.reply));
+        response
+            .headers_mut()
+            .insert(http::header::CONTENT_LENGTH, length);
         let instance = self
             .instance
             .parse()
@@ -107,8 +132,8 @@ fn label(headers: &HeaderMap) -> anyhow::Result<Label> {
         .parse()
 }
 
-fn refusal(why: &'static str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(why));
+fn refusal(why: &'static str) -> Response<Bytes> {
+    let mut response = Response::new(Bytes::from_static(why.as_bytes()));
     *response.status_mut() = StatusCode::BAD_REQUEST;
     response
 }

@@ -104,6 +104,16 @@ impl Cluster {
         ])
     }
 
+    /// Replaces every pod of a Deployment, a StatefulSet or a DaemonSet, and waits until the new ones are ready.
+    #[track_caller]
+    pub fn roll(&self, namespace: &str, workload: &str) {
+        let rollout = |arguments: &[&str]| {
+            self.kubectl(&[&["-n", namespace, "rollout"], arguments].concat());
+        };
+        rollout(&["restart", workload]);
+        rollout(&["status", workload, "--timeout=120s"]);
+    }
+
     /// Makes a namespace whose name begins with `prefix`; it goes when the value is dropped.
     pub fn namespace(&self, prefix: &str) -> Namespace<'_> {
         Namespace::create(self, prefix)

@@ -90,6 +90,11 @@ kind: RoleBinding
 
     /// The agents' processes on this machine, of the pods with these uids: a parent and a worker each.
     pub fn agent_processes(&self, pod_uids: &str) -> Vec<u32> {
+        self.processes_of_pods(pod_uids, "tp-agent")
+    }
+
+    /// Processes of this name on this machine, of the pods with these uids.
+    pub fn processes_of_pods(&self, pod_uids: &str, name: &str) -> Vec<u32> {
         // The driver of systemd's groups writes them with underscores.
         let groups: Vec<_> = pod_uids
             .split_whitespace()
@@ -101,7 +106,7 @@ kind: RoleBinding
         let entries = fs::read_dir("/proc").expect("/proc is mounted").flatten();
         entries
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .filter(|pid| read(*pid, "comm").trim() == "tp-agent")
+            .filter(|pid| read(*pid, "comm").trim() == name)
             .filter(|pid| {
                 let group = read(*pid, "cgroup");
                 groups.iter().any(|uid| group.contains(uid))

@@ -201,7 +201,10 @@ fn watching_shows_mine_and_no_secret(laptop: &Laptop, tp: &Connection<'_>) {
             .all(|line| line_tx.send(line).is_ok())
     });
     let ask = |path: &str, header: &str| {
-        let (secret, url) = ("authorization: Bearer s3cret", format!("http://web/{path}"));
+        let (secret, url) = (
+            "authorization: Bearer s3cret",
+            format!("http://web/?{path}"),
+        );
         tp.curl(&["--header", header, "--header", secret, &url])
             .ok();
     };
@@ -215,7 +218,7 @@ fn watching_shows_mine_and_no_secret(laptop: &Laptop, tp: &Connection<'_>) {
     watching.wait().expect("our child");
 
     let seen: serde_json::Value = serde_json::from_str(&line).expect("JSON");
-    assert_eq!(seen["target"], "/mine", "{line}");
+    assert_eq!(seen["target"], "/?mine", "{line}");
     assert_eq!(seen["by"], "workstation", "{line}");
     assert!(
         line.contains("x-user") && !line.contains("s3cret"),

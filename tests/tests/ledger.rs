@@ -31,7 +31,7 @@ fn one_fault_of_each_class_is_found_and_nothing_else() {
         }
     });
 
-    let load = Process::start(&["load", path, &address, "11", "4", "200", "h1", HEADER]);
+    let load = Process::start(&["load", path, &address, "11", "0", "4", "200", "h1", HEADER]);
     let deadline = Duration::from_secs(3);
     eventually(
         "the last fault is over its deadline",

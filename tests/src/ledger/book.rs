@@ -1,10 +1,12 @@
 //! One run in a test: its folder of ledgers, and the processes that write them.
 
+use std::collections::BTreeSet;
 use std::fs::Permissions;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -21,7 +23,12 @@ use crate::workload::Namespace;
 pub struct Book {
     folder: TempDir,
     seed: u64,
+    /// Each load has flows of its own numbers.
+    loads: AtomicU32,
 }
+
+/// Flows that one load can have.
+const FLOWS_MAX: u32 = 1000;
 
 /// Traffic that runs until [`Load::finish`]. Dropping it kills it.
 #[derive(Debug)]
@@ -48,7 +55,11 @@ impl Book {
         let folder = folder.expect("/var/tmp is writable");
         std::fs::set_permissions(folder.path(), Permissions::from_mode(0o1777))
             .expect("our folder");
-        Self { folder, seed }
+        Self {
+            folder,
+            seed,
+            loads: AtomicU32::new(0),
+        }
     }
 
     /// A Deployment and a Service `name`, port 80, whose pods sign as `name`.
@@ -71,11 +82,13 @@ impl Book {
         namespace.wait_service(name, 80);
     }
 
-    /// A server on the laptop that signs as `instance` and waits `delay` before each reply.
+    /// A server on the laptop, on a port of the kernel's choice unless `port` says one, that signs as `instance`. Each reply
+    /// takes `delay`, half of it in the middle of its body.
     #[track_caller]
-    pub fn serve(&self, laptop: &Laptop, instance: &str, delay: Duration) -> Serving {
+    pub fn serve(&self, laptop: &Laptop, instance: &str, port: u16, delay: Duration) -> Serving {
         let delay = delay.as_millis().to_string();
-        let arguments = ["serve", self.path(), "127.0.0.1:0", instance, &delay];
+        let address = format!("127.0.0.1:{port}");
+        let arguments = ["serve", self.path(), &address, instance, &delay];
         let mut command = laptop.command(&binary("ledger"), &arguments);
         let mut process = command
             .stdin(Stdio::null())
@@ -108,11 +121,11 @@ impl Book {
         version: &str,
         header: Option<&str>,
     ) -> Load {
-        let (seed, flows, per_second) = (
-            self.seed.to_string(),
-            flows.to_string(),
-            per_second.to_string(),
-        );
+        assert!(flows <= FLOWS_MAX, "{flows} flows");
+        let first = FLOWS_MAX * self.loads.fetch_add(1, Ordering::Relaxed);
+        let [seed, first, flows, per_second] =
+            [self.seed, first.into(), flows.into(), per_second.into()]
+                .map(|number: u64| number.to_string());
         let program = binary("ledger");
         let mut arguments = vec![
             &program,
@@ -120,6 +133,7 @@ impl Book {
             self.path(),
             address,
             &seed,
+            &first,
             &flows,
             &per_second,
             version,
@@ -151,6 +165,27 @@ impl Book {
         let records = read_all(self.folder.path()).expect("the ledgers are whole");
         let by = |record: &&Record| matches!(&record.event, Event::Received { instance: by, .. } if by == instance);
         records.iter().filter(by).count()
+    }
+
+    /// Who had those of mine that were sent since then, so far.
+    pub fn holders_of_mine(&self, since: u64) -> BTreeSet<String> {
+        let records = read_all(self.folder.path()).expect("the ledgers are whole");
+        let mine = |record: &&Record| {
+            record.at >= since && matches!(record.event, Event::Sent { mine: true })
+        };
+        let mine: BTreeSet<_> = records
+            .iter()
+            .filter(mine)
+            .map(|record| record.id)
+            .collect();
+        let holder = |record: Record| match record.event {
+            Event::Received { instance, .. } => Some(instance),
+            Event::Sent { .. } | Event::Answered { .. } | Event::Failed { .. } => None,
+        };
+        let of_mine = records
+            .into_iter()
+            .filter(|record| mine.contains(&record.id));
+        of_mine.filter_map(holder).collect()
     }
 
     /// What became of every request so far.
@@ -237,7 +272,8 @@ spec:
   template:
     metadata: {labels: {app: $NAME}}
     spec:
-      terminationGracePeriodSeconds: 0
+      # It takes no notice of SIGTERM, so it serves until Services have forgotten its pod.
+      terminationGracePeriodSeconds: 3
       containers:
       - name: app
         image: lab.local/ledger:lab

@@ -73,6 +73,12 @@ pub struct Report {
     pub fallbacks: u64,
     /// Mine that the workstation answered.
     pub mine: u64,
+    /// Mine that ended with an error.
+    pub mine_failed: u64,
+    /// Requests that a server got after their client had been told of an error: nobody waits for their effect any more.
+    pub stale: Vec<Id>,
+    /// The longest that one of the others' requests took.
+    pub slowest_other: Duration,
     /// All that were not [`Class::Ok`].
     pub findings: Vec<Finding>,
 }
@@ -81,6 +87,15 @@ impl Report {
     /// How many requests ended so.
     pub fn count(&self, class: Class) -> u64 {
         self.counts.get(&class).copied().unwrap_or(0)
+    }
+
+    /// Clean errors of requests that were sent after that time, in milliseconds since 1970.
+    pub fn errors_after(&self, time: u64) -> usize {
+        let errors = self.findings.iter();
+        errors
+            .filter(|finding| finding.class == Class::CleanError)
+            .filter(|finding| finding.records[0].at > time)
+            .count()
     }
 
     /// The gate of every scenario: nothing lost, doubled, misrouted, damaged or hung, and at most so many clean errors.
@@ -121,6 +136,13 @@ pub fn join(records: impl IntoIterator<Item = Record>, expected: &Expectation) -
         *report.counts.entry(class).or_default() += 1;
         report.fallbacks += u64::from(request.fallback());
         report.mine += u64::from(request.answered_by(&expected.mine));
+        report.mine_failed += u64::from(request.is_mine() && request.failed.is_some());
+        if request.stale() {
+            report.stale.push(id);
+        }
+        if let Some(took) = request.took().filter(|_| !request.is_mine()) {
+            report.slowest_other = report.slowest_other.max(took);
+        }
         if class != Class::Ok {
             report.findings.push(Finding { id, class, records });
         }
@@ -135,7 +157,12 @@ struct Request<'a> {
     answer: Option<(u64, &'a str, bool, bool)>,
     failed: Option<u64>,
     received: Vec<(&'a str, bool)>,
+    received_last: Option<u64>,
 }
+
+/// What was written down later by so many milliseconds than an error happened after it: the processes of a run share a
+/// clock, and not a processor.
+const LATER: u64 = 500;
 
 impl<'a> Request<'a> {
     fn of(records: &'a [Record]) -> Self {
@@ -151,10 +178,28 @@ impl<'a> Request<'a> {
                     request.answer = Some((record.at, instance, *fallback, *intact));
                 }
                 Event::Failed { .. } => request.failed = Some(record.at),
-                Event::Received { instance, intact } => request.received.push((instance, *intact)),
+                Event::Received { instance, intact } => {
+                    request.received.push((instance, *intact));
+                    request.received_last = Some(record.at);
+                }
             }
         }
         request
+    }
+
+    fn is_mine(&self) -> bool {
+        self.sent.is_some_and(|(_, mine)| mine)
+    }
+
+    fn stale(&self) -> bool {
+        let told = self.failed.zip(self.received_last);
+        told.is_some_and(|(failed, received)| received > failed + LATER)
+    }
+
+    fn took(&self) -> Option<Duration> {
+        let answered = self.answer.map(|(at, ..)| at)?;
+        let (sent, _) = self.sent?;
+        Some(Duration::from_millis(answered.saturating_sub(sent)))
     }
 
     fn fallback(&self) -> bool {
@@ -377,6 +422,21 @@ mod tests {
         for (events, class) in table {
             assert_eq!(classify(events.clone()), class, "{events:?}");
         }
+    }
+
+    #[test]
+    fn what_a_server_gets_after_the_error_is_stale() {
+        let events = |seq, received_at| {
+            let id = Id { flow: 0, seq };
+            [sent(0, true), failed(100), received(received_at, "laptop")]
+                .map(|(at, event)| Record { id, at, event })
+        };
+        let records = events(0, 50).into_iter().chain(events(1, 100 + LATER + 1));
+
+        let report = join(records, &expectation());
+
+        assert_eq!(report.stale, [Id { flow: 0, seq: 1 }]);
+        assert_eq!((report.mine_failed, report.errors_after(0)), (2, 0));
     }
 
     #[test]

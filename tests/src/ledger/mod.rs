@@ -12,6 +12,7 @@ mod book;
 mod join;
 mod plan;
 mod record;
+pub mod scene;
 
 pub use book::{Book, Load, Serving};
 pub use join::{Class, Expectation, Finding, Report, join};
