@@ -1,7 +1,7 @@
 #!/bin/bash
-# C1 to C5 and C8 on the test cluster: prepares the far end, runs the bench in the laptop namespace, removes what it made.
+# C1 to C6 and C8 on the test cluster: prepares the far end, runs the bench in the laptop namespace, removes what it made.
 # Needs `make cluster image`; usage: benches/cluster.sh BIN_DIR BENCH_DIR [QUESTION…], the folders of tp and impair and of the benches;
-# questions are bulk, connections, round-trips and beside-bulk: without one, all of them and B18.
+# questions are bulk, connections, round-trips, beside-bulk and intercept: without one, all of them and B18.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 cluster=$here/../tests/cluster
@@ -35,9 +35,22 @@ kind: Service
 metadata: {name: peer, namespace: bench}
 spec: {selector: {app: peer}, ports: [{name: bench, port: 7000}, {name: server-first, port: 7001}]}
 Y
-kubectl -n bench wait --for=condition=Ready pod/peer --timeout=60s >/dev/null
+# Pods that no agent has been in, one for each round of `intercept`.
+for round in 0 1 2 3 4; do
+  kubectl apply -f - >/dev/null <<Y
+apiVersion: v1
+kind: Pod
+metadata: {name: target-$round, namespace: bench, labels: {app: target-$round}}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers: [{name: peer, image: "lab.local/bench-peer:dev", ports: [{containerPort: 7000}]}]
+Y
+done
+kubectl -n bench wait --for=condition=Ready pod --all --timeout=60s >/dev/null
 # kube-proxy is a moment behind; a refused port is what the bench would then see.
 until inside bash -c "exec 3<>/dev/tcp/$(kubectl -n bench get service peer -o jsonpath={.spec.clusterIP})/7001" 2>/dev/null; do sleep .1; done
+TARGETS=$(kubectl -n bench get pods -o jsonpath='{range .items[*]}{.metadata.name}={.status.podIP}{"\n"}{end}' | grep ^target-)
+export TARGETS
 export TP_BIN=$tp PEER=peer.bench.svc PEER_POD=bench/peer XDG_RUNTIME_DIR=$work
 "$cluster/laptop.sh" "$bench/through_cluster" "${@:3}"
 [ $# = 2 ] || exit 0

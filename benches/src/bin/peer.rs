@@ -3,12 +3,15 @@
 //! A request is one command byte and a big-endian 64-bit count: `D n` sends n bytes, `U n` reads n bytes and answers one
 //! byte, `E` echoes whatever comes until the client ends its half, `O` echoes one byte and ends the connection, `H` echoes
 //! one byte and holds the connection without a thread, `F` sends one byte at once (a server-first protocol, asked by port
-//! and not by the client: it is served on the port after). It knows nothing of what lies between.
+//! and not by the client: it is served on the port after), `GET` is a request of HTTP and answered as such, `X` orders it to
+//! ask somebody else in that way (`tp_benches::http`). It knows nothing of what lies between.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::thread;
+
+use tp_benches::http;
 
 /// Bytes a call hands to the kernel; large enough that the system call's price disappears.
 const BLOCK: usize = 256 * 1024;
@@ -34,8 +37,13 @@ fn accept(listener: &TcpListener, serve: fn(TcpStream) -> io::Result<()>) {
 fn serve(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut command = [0; 1];
+    stream.peek(&mut command)?;
+    if command == *b"G" {
+        return http::answer(stream, b"peer");
+    }
     stream.read_exact(&mut command)?;
     match command[0] {
+        b'X' => http::carry_out(stream),
         b'D' => {
             let count = count(&mut stream)?;
             send(&mut stream, count)

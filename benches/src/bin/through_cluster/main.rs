@@ -1,4 +1,4 @@
-//! How does one flow through `tp` compare with `kubectl port-forward`, on the real test cluster? (C1 to C5, C8)
+//! How does one flow through `tp` compare with `kubectl port-forward`, on the real test cluster? (C1 to C6, C8)
 //!
 //! Runs in the laptop namespace, which has no route to pods; `benches/cluster.sh` prepares the cluster and calls it. Both
 //! tools reach the same server (`peer`), rounds are interleaved, and every figure is printed with the ratio of its own
@@ -6,6 +6,7 @@
 
 #![expect(clippy::print_stdout, reason = "a bench's table is its output")]
 
+mod diverted;
 mod measure;
 mod path;
 
@@ -80,8 +81,21 @@ fn main() -> Result<()> {
             |path| Ok(Spread::of(small_beside_bulk(path, ROUND_TRIPS)?).p99),
         )?;
     }
+    if asked("intercept") {
+        diverted::measure(&tp, &targets()?)?;
+    }
     println!("C8 daemon resident: {:.1} MiB", tp.resident_mib()?);
     Ok(())
+}
+
+/// `TARGETS`: name=address of each pod that may be intercepted.
+fn targets() -> Result<Vec<(String, String)>> {
+    let targets = std::env::var("TARGETS").context("TARGETS names the pods to intercept")?;
+    let pair = |word: &str| {
+        let (name, address) = word.split_once('=').context("name=address")?;
+        Ok((name.to_owned(), address.to_owned()))
+    };
+    targets.split_whitespace().map(pair).collect()
 }
 
 /// Runs `figure` on every path in turn, `ROUNDS` times, and prints medians, spreads and the last path's ratio to the others.

@@ -130,12 +130,15 @@ pub(crate) struct Tp {
 }
 
 const CONNECTION: &str = "bench";
+/// Where the server is.
+const NAMESPACE: &str = "bench";
 
 impl Tp {
     pub(crate) fn connect(server: &str) -> Result<Self> {
         let program = std::env::var("TP_BIN").unwrap_or_else(|_| "tp".into());
         let status = Command::new(&program)
             .args(["connect", "--name", CONNECTION, "--listen", "127.0.0.1:0"])
+            .args(["--namespace", NAMESPACE])
             .stdout(Stdio::null())
             .status()
             .with_context(|| format!("{program} does not start"))?;
@@ -151,6 +154,13 @@ impl Tp {
             proxy,
             server: server.to_owned(),
         })
+    }
+
+    /// A command line of `tp`.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(arguments);
+        command
     }
 
     /// Both tools' versions, for the table's head.
