@@ -213,7 +213,8 @@ async fn introduce(tcp: TcpStream, agent: &Agent) -> Result<(Tunnel, tp_tunnel::
         .map_err(|error| other(&error))
 }
 
-/// Routes and flows of one connection, until it ends or the routes are withdrawn and the last flow has ended.
+/// Routes and flows of one connection, until it ends, or the routes are withdrawn or the agent says goodbye, and the last
+/// flow has ended. `tasks` holds its driver.
 async fn converse(
     tunnel: &Tunnel,
     ends: &mut Ends,
@@ -237,9 +238,10 @@ async fn converse(
     accepting.shutdown().await;
     let mut left = std::mem::take(&mut *lock(&flows));
     let drained = async { while left.join_next().await.is_some() {} };
+    // An agent that is being ended takes nothing new; what it has goes on until its connection has really ended.
     tokio::select! {
         () = drained => {}
-        () = tunnel.closed() => {}
+        _ = tasks.join_next() => {}
     }
     tasks.shutdown().await;
 }
