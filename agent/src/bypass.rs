@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -21,6 +21,8 @@ use tp_manager_api::route_table::{OpenConnections, PortConnections};
 pub struct Bypass {
     /// The application's port.
     pub port: u16,
+    /// Who connected.
+    pub peer: SocketAddr,
     /// For how long neither side has sent anything.
     pub idle: Duration,
     family: u8,
@@ -35,12 +37,29 @@ impl Bypass {
     pub fn is_idle(&self) -> bool {
         self.idle > IDLE
     }
+
+    /// One of a test's own.
+    #[cfg(test)]
+    pub(crate) fn new(port: u16, peer: SocketAddr) -> Self {
+        Self {
+            port,
+            peer,
+            idle: Duration::ZERO,
+            family: 0,
+            id: [0; 48],
+        }
+    }
 }
 
-/// The same, counted by port.
+/// All connections to these ports that bypass the agent, by port.
 pub fn count(ports: &[u16]) -> io::Result<OpenConnections> {
+    Ok(counted(bypassing(ports)?))
+}
+
+/// Connections by port.
+pub(crate) fn counted(connections: Vec<Bypass>) -> OpenConnections {
     let mut counted = BTreeMap::new();
-    for bypass in bypassing(ports)? {
+    for bypass in connections {
         let of_port = counted.entry(bypass.port).or_insert(PortConnections {
             port: bypass.port,
             open: 0,
@@ -49,9 +68,9 @@ pub fn count(ports: &[u16]) -> io::Result<OpenConnections> {
         of_port.open += 1;
         of_port.idle += u32::from(bypass.is_idle());
     }
-    Ok(OpenConnections {
+    OpenConnections {
         ports: counted.into_values().collect(),
-    })
+    }
 }
 
 /// `struct inet_diag_sockid`: ports, addresses, interface, cookie.
@@ -194,6 +213,7 @@ fn bypass_of(payload: &[u8]) -> Option<Bypass> {
     let idle = milliseconds(44)?.min(milliseconds(52)?);
     Some(Bypass {
         port,
+        peer: SocketAddr::new(peer, u16::from_be_bytes([id[2], id[3]])),
         idle: Duration::from_millis(u64::from(idle)),
         family,
         id,

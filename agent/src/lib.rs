@@ -9,7 +9,8 @@
 //!
 //! 1. It starts `tp-agent --manager-key sha256:… --redirected [::]:15006` with `TP_AGENT_SEED` (64 hexadecimal digits, new for
 //!    each agent), as uid 0 with NET_ADMIN, SETUID and SETGID and nothing else; or, without any privilege and in place of an
-//!    application's port, `--listen IP:PORT=APP_IP:PORT`.
+//!    application's port, `--listen IP:PORT=APP_IP:PORT`, or `--listen [::]:PORT=APP_PORT` for one in the same pod. Such an agent
+//!    is one process, and whoever started it starts it again.
 //! 2. It dials port 15008 ([`tp_tunnel::carrier::tls::connect_tls`]) with its own key and expects that of
 //!    [`tp_tunnel::Identity::from_seed`]; then it is the client of a tunnel ([`tp_tunnel::Tunnel::establish_with`]). It pings every
 //!    second ([`tp_tunnel::Settings::ping_interval`]): a manager that is silent for three is dropped.
@@ -36,6 +37,7 @@ pub mod datagrams;
 pub mod front;
 pub mod heartbeat;
 pub mod parent;
+pub mod passing;
 pub mod redirect;
 pub mod route;
 pub mod sightings;

@@ -42,9 +42,9 @@ struct Arguments {
     #[arg(long, value_name = "IP:PORT", conflicts_with = "listen")]
     redirected: Option<SocketAddr>,
 
-    /// Listen here in place of an application. Repeatable.
-    #[arg(long, value_name = "IP:PORT=APP_IP:PORT", value_parser = in_place_of, required_unless_present = "redirected")]
-    listen: Vec<(SocketAddr, SocketAddr)>,
+    /// Listen here in place of an application; one that is only a port is in the same pod. Repeatable.
+    #[arg(long, value_name = "IP:PORT=[APP_IP:]PORT", value_parser = in_place_of, required_unless_present = "redirected")]
+    listen: Vec<(SocketAddr, Destination)>,
 
     /// How long pushed routes hold.
     #[arg(long, value_name = "SECONDS", default_value_t = LEASE.as_secs())]
@@ -59,12 +59,16 @@ struct Arguments {
     end: Option<i32>,
 }
 
-fn in_place_of(text: &str) -> Result<(SocketAddr, SocketAddr), String> {
+fn in_place_of(text: &str) -> Result<(SocketAddr, Destination), String> {
     let (own, app) = text
         .split_once('=')
         .ok_or("two addresses with a `=` between")?;
     let address = |text: &str| text.parse().map_err(|error| format!("{text}: {error}"));
-    Ok((address(own)?, address(app)?))
+    let app = match app.parse() {
+        Ok(port) => Destination::Beside(port),
+        Err(_) => Destination::App(address(app)?),
+    };
+    Ok((address(own)?, app))
 }
 
 fn main() -> ExitCode {
@@ -172,10 +176,10 @@ async fn work(arguments: Arguments) -> Result<()> {
             destination: Destination::Redirected,
         });
     }
-    for (own, app) in arguments.listen {
+    for (own, destination) in arguments.listen {
         inbound.push(Inbound {
             socket: bind(own).await?,
-            destination: Destination::App(app),
+            destination,
         });
     }
     for listener in &inbound {
@@ -239,4 +243,31 @@ async fn bind(address: SocketAddr) -> Result<TcpListener> {
 fn identity() -> Result<Identity> {
     let seed = std::env::var("TP_AGENT_SEED").context("TP_AGENT_SEED is not set")?;
     Identity::from_seed(&seed).context("TP_AGENT_SEED is no seed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_application_is_an_address_or_a_port_of_the_same_pod() {
+        let parsed = |text: &str| {
+            let (own, app) = in_place_of(text).ok()?;
+            Some((own.port(), format!("{app:?}")))
+        };
+
+        let beside = ("[::]:15100=8080", "Beside(8080)");
+        let elsewhere = ("[::]:15100=10.0.0.7:8080", "App(10.0.0.7:8080)");
+        for (text, app) in [beside, elsewhere] {
+            assert_eq!(parsed(text), Some((15100, app.to_owned())));
+        }
+        for bad in [
+            "[::]:15100",
+            "15100=8080",
+            "[::]:15100=",
+            "[::]:15100=70000",
+        ] {
+            assert_eq!(parsed(bad), None, "{bad}");
+        }
+    }
 }

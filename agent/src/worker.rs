@@ -16,6 +16,7 @@ use crate::budget::{Budget, Share};
 use crate::datagrams::Sockets;
 use crate::front::{self, Place, Shared, stopping};
 use crate::heartbeat::{Parent, Ports, Word};
+use crate::passing::Passing;
 use crate::workstation;
 
 /// How often the worker tells its parent that it works.
@@ -52,6 +53,8 @@ pub enum Destination {
     Redirected,
     /// They connected to the agent on purpose, which stands for this application.
     App(SocketAddr),
+    /// The same, and the application is this port of the address that they connected to.
+    Beside(u16),
 }
 
 /// All that a worker is told when it starts.
@@ -91,6 +94,7 @@ pub async fn serve(
         changed: Notify::new(),
         sightings: Arc::default(),
         parent,
+        passing: Passing::default(),
         stop: stop.clone(),
         own: OnceLock::new(),
     });
@@ -213,6 +217,11 @@ fn place(
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     match destination {
         Destination::App(app) => Ok(Place::new(peer, tcp.local_addr()?.port(), app)),
+        Destination::Beside(port) => {
+            let own = tcp.local_addr()?;
+            let app = SocketAddr::new(own.ip().to_canonical(), port);
+            Ok(Place::new(peer, own.port(), app))
+        }
         Destination::Redirected => {
             let app = original_destination(tcp)?;
             // Nobody redirected it: to dial it would be to dial ourselves, for ever.

@@ -63,7 +63,8 @@ pub async fn serve(
     let (stream, key) = match accept_tls(tcp, identity).await {
         Ok(accepted) => accepted,
         Err(error) => {
-            tracing::warn!(%error, "a peer without TLS was refused");
+            // A probe of the kubelet's does no more than connect.
+            tracing::debug!(%error, "a peer without TLS was refused");
             return;
         }
     };
@@ -121,11 +122,15 @@ impl Agent {
 
     /// Counts what bypasses the agent, on all intercepted ports.
     async fn connections(&self) -> Response<Bytes> {
-        let ports = match self.shared.parent {
-            Some(_) => self.shared.book.ports(),
-            None => Vec::new(),
+        let shared = Arc::clone(&self.shared);
+        let counting = move || {
+            let ports = shared.book.ports();
+            match shared.parent {
+                Some(_) => bypass::count(&ports),
+                None => shared.passing.count(&ports),
+            }
         };
-        let counted = tokio::task::spawn_blocking(move || bypass::count(&ports)).await;
+        let counted = tokio::task::spawn_blocking(counting).await;
         match counted.map_err(io::Error::other).flatten() {
             Ok(counted) => status(
                 StatusCode::OK,
@@ -139,12 +144,18 @@ impl Agent {
         let ports = self.shared.book.ports_of(self.connection);
         let closed = match &self.shared.parent {
             Some(parent) => parent.close(ports).await,
-            None => true,
+            None => self.close_passing(ports).await,
         };
         match closed {
             true => self.connections().await,
             false => unavailable("the idle connections were not closed"),
         }
+    }
+
+    async fn close_passing(&self, ports: Vec<u16>) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let closing = tokio::task::spawn_blocking(move || shared.passing.close_idle(&ports));
+        closing.await.map_err(io::Error::other).flatten().is_ok()
     }
 
     /// Takes a table; returns its intercepted ports, of TCP and of UDP.

@@ -22,6 +22,7 @@ use tp_tunnel::{Flow, NotOpened, Workstation};
 use crate::book::{Book, Live, Port};
 use crate::budget::Budget;
 use crate::heartbeat::Parent;
+use crate::passing::Passing;
 use crate::route::{Need, Via, need};
 use crate::sightings::Sightings;
 use crate::socket::Socket;
@@ -50,6 +51,8 @@ pub struct Shared {
     pub parent: Option<Parent>,
     /// The pod's address, as the manager found it.
     pub own: OnceLock<IpAddr>,
+    /// Where nobody redirects, what is passed on because nobody intercepts its port.
+    pub passing: Passing,
     /// Connections are to end: what is idle at once, what is under way after its answer.
     pub stop: watch::Receiver<bool>,
 }
@@ -124,7 +127,13 @@ pub async fn connection(client: TcpStream, mut place: Place, shared: Arc<Shared>
         bytes: BytesMut::new(),
     };
     match need(port.as_deref()) {
-        Need::App => whole(client).pass_to_app().await,
+        Need::App => {
+            let work = whole(client).pass_to_app();
+            match shared.parent {
+                Some(_) => work.await,
+                None => shared.passing.pass(place.listen, place.peer, work).await,
+            }
+        }
         Need::Mine(live) => whole(client).pass_to(live).await,
         Need::Protocol => match first_bytes(&client, &place).await {
             Ok(first) => parsed(client, first, place, port, shared).await,
