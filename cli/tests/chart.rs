@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use tp_cli::install::manifests::{self, Layer, Manifest};
+use tp_cli::install::webhook::Certificate;
 use tp_cli::install::{Settings, VERSION};
 use tp_cli::report;
 
@@ -14,6 +15,8 @@ const IMAGE: &str = "chart.invalid/image";
 const SECRET: &str = "chart-pull-secret";
 const REPLICAS: u16 = 61;
 const ATTACHED: &str = "chart-attached-namespace";
+const CERTIFICATE: &str = "chart-certificate";
+const KEY: &str = "chart-key";
 
 #[test]
 fn the_template_is_what_install_applies() {
@@ -54,6 +57,11 @@ fn template() -> String {
         pull_secrets: vec![SECRET.to_owned()],
         namespaces: vec![ATTACHED.to_owned()],
         ranges_by_dry_run: true,
+        certificate: Some(Certificate {
+            certificate: CERTIFICATE.to_owned(),
+            key: KEY.to_owned(),
+        }),
+        native_sidecars: true,
     };
     let mut manifests = manifests::all(&settings);
     // Where no namespaces are given, one binding stands for them.
@@ -72,8 +80,19 @@ fn template() -> String {
         .iter()
         .filter(|manifest| manifest.layer != Layer::Namespace);
     let documents: Vec<_> = objects.map(document).collect();
-    documents.concat()
+    CERTIFICATE_OF_A_RELEASE.to_owned() + &documents.concat()
 }
+
+/// As `tp install` does: the one that is there stays, and else it is made by who installs.
+const CERTIFICATE_OF_A_RELEASE: &str = r#"{{- $name := printf "tp-webhook.%s.svc" .Release.Namespace }}
+{{- $made := genSelfSignedCert $name nil (list $name) 36500 }}
+{{- $certificate := $made.Cert | b64enc }}
+{{- $key := $made.Key | b64enc }}
+{{- with lookup "v1" "Secret" .Release.Namespace "tp-webhook" }}
+{{- $certificate = index .data "tls.crt" }}
+{{- $key = index .data "tls.key" }}
+{{- end }}
+"#;
 
 fn document(Manifest { object, .. }: &Manifest) -> String {
     let yaml = report::yaml(object).expect("manifests have a YAML form");
@@ -124,6 +143,12 @@ const EXPRESSIONS: &[(&str, &str)] = &[
         "value: chart.invalid/image\n",
         "value: {{ .Values.image | quote }}\n",
     ),
+    ("chart-certificate", "{{ $certificate }}"),
+    ("chart-key", "{{ $key }}"),
+    (
+        "- name: TP_NATIVE_SIDECARS\n          value: \"true\"\n",
+        "- name: TP_NATIVE_SIDECARS\n          value: {{ semverCompare \">=1.32-0\" .Capabilities.KubeVersion.Version | quote }}\n",
+    ),
     // Inside of the manager's fence. Neither can hold a quote.
     ("chart.invalid/image", "{{ .Values.image }}"),
     ("chart-namespace", "{{ .Release.Namespace }}"),
@@ -146,7 +171,15 @@ const EXPRESSIONS: &[(&str, &str)] = &[
 fn every_setting_has_its_expression() {
     let template = template();
 
-    for sentinel in [NAMESPACE, IMAGE, SECRET, ATTACHED, "replicas: 61"] {
+    for sentinel in [
+        NAMESPACE,
+        IMAGE,
+        SECRET,
+        ATTACHED,
+        CERTIFICATE,
+        KEY,
+        "replicas: 61",
+    ] {
         assert!(!template.contains(sentinel), "{sentinel}");
     }
     for (_, expression) in EXPRESSIONS {

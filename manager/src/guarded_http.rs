@@ -36,6 +36,14 @@ pub trait Page: Send + Sync + 'static {
 
 /// Serves for ever.
 pub async fn serve(listener: TcpListener, page: Arc<dyn Page>) -> Infallible {
+    each(listener, |stream| answer(stream, Arc::clone(&page))).await
+}
+
+/// Answers each connection of strangers in a task of its own, for ever.
+pub(crate) async fn each<F>(listener: TcpListener, answer: impl Fn(TcpStream) -> F) -> Infallible
+where
+    F: Future<Output = ()> + Send + 'static,
+{
     let mut connections = JoinSet::new();
     let mut in_order: VecDeque<AbortHandle> = VecDeque::new();
     loop {
@@ -48,7 +56,7 @@ pub async fn serve(listener: TcpListener, page: Arc<dyn Page>) -> Infallible {
                 {
                     oldest.abort();
                 }
-                let answered = tokio::time::timeout(CONNECTION, answer(stream, Arc::clone(&page)));
+                let answered = tokio::time::timeout(CONNECTION, answer(stream));
                 in_order.push_back(connections.spawn(async move {
                     let _ = answered.await;
                 }));

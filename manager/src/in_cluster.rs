@@ -11,7 +11,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client};
 use tokio::task::JoinSet;
-use tp_manager_api::{HEALTH_PORT, METRICS_PORT, Session, TUNNEL_PORT};
+use tp_manager_api::{AGENT_IMAGE, HEALTH_PORT, METRICS_PORT, Session, TUNNEL_PORT};
 use tp_tunnel::KeyHash;
 
 use crate::cluster::{Cluster, in_short};
@@ -61,7 +61,7 @@ impl Options {
             pod: needed("POD_NAME")?,
             namespace: needed("POD_NAMESPACE")?,
             addresses: addresses.map_err(|_| "POD_IP is not an address".to_owned())?,
-            agent_image: variable("TP_AGENT_IMAGE").filter(|image| !image.is_empty()),
+            agent_image: variable(AGENT_IMAGE).filter(|image| !image.is_empty()),
         })
     }
 }

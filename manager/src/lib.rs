@@ -17,6 +17,7 @@ pub mod reach;
 pub mod service;
 pub mod sessions;
 pub mod shared_key;
+pub mod sidecar;
 pub mod standalone;
 pub mod temporary;
 

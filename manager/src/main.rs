@@ -9,7 +9,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use ipnet::IpNet;
 use tokio::signal::unix::{SignalKind, signal};
-use tp_manager::{in_cluster, standalone, temporary};
+use tp_manager::{in_cluster, sidecar, standalone, temporary};
 use tp_tunnel::KeyHash;
 use tracing_subscriber::EnvFilter;
 
@@ -63,6 +63,10 @@ struct Arguments {
     #[arg(long, value_name = "HASH", requires = "temporary")]
     client_key: Option<KeyHash>,
 
+    /// Add agents to pods that ask for it, as the API server's webhook, in a pod without any right.
+    #[arg(long, conflicts_with_all = ["standalone", "temporary"])]
+    webhook: bool,
+
     /// Exit after so long without a connection.
     #[arg(long, value_name = "DURATION", requires = "temporary", default_value = "60s", value_parser = seconds)]
     lease: Duration,
@@ -70,12 +74,17 @@ struct Arguments {
 
 enum Mode {
     InCluster(in_cluster::Options),
+    Webhook(sidecar::Options),
     Standalone(standalone::Options),
     Temporary(temporary::Options),
 }
 
 impl Arguments {
     fn mode(self) -> Result<Mode, String> {
+        if self.webhook {
+            let variable = |name: &str| std::env::var(name).ok();
+            return sidecar::Options::from_env(variable).map(Mode::Webhook);
+        }
         match (self.standalone, self.temporary) {
             (true, _) => self.standalone_mode().map(Mode::Standalone),
             (_, true) => Ok(Mode::Temporary(temporary::Options {
@@ -160,6 +169,7 @@ async fn run(mode: Mode) -> anyhow::Result<()> {
     let shutdown = terminated()?;
     match mode {
         Mode::InCluster(options) => in_cluster::run(options, shutdown).await,
+        Mode::Webhook(options) => sidecar::run(options, shutdown).await,
         Mode::Standalone(options) => standalone::run(options, shutdown).await,
         Mode::Temporary(options) => temporary::run(options, shutdown).await,
     }
@@ -224,6 +234,7 @@ mod tests {
             "tp-manager --temporary --namespace x",
             "tp-manager --egress",
             "tp-manager --standalone --temporary",
+            "tp-manager --webhook --temporary",
             "tp-manager --temporary --namespace x --client-key sha256:00",
         ] {
             assert!(

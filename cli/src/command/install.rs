@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tp_manager_api::MANAGER_NAMESPACE;
 
+use crate::install::webhook::{self, Certificate};
 use crate::install::{Settings, VERSION, apply, manifests, rollout};
 use crate::kubeconfig::{self, Cluster, Selectors};
 use crate::report::{self, Failure, Output};
@@ -63,9 +64,10 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
         replicas: args.replicas,
         pull_secrets: args.pull_secret,
         namespaces: args.namespaces,
-        ranges_by_dry_run: false,
+        ..Settings::default()
     };
     if args.dry_run {
+        settings.certificate = Some(Certificate::generate(&settings.namespace)?);
         return print_manifests(&settings, *output);
     }
     let begun = Instant::now();
@@ -97,7 +99,8 @@ pub(super) async fn make_it_so(
     let generation = report::step("applying the manifests", applying).await?;
     let ready = rollout::wait(cluster, settings, generation, within);
     report::step("waiting until the manager works", ready).await?;
-    Ok(())
+    let ready = rollout::webhook(cluster, settings, within);
+    report::step("waiting until the webhook answers", ready).await
 }
 
 fn too_slow(within: Duration) -> Failure {
@@ -117,7 +120,14 @@ async fn prepare(cluster: &Cluster, settings: &mut Settings) -> Result<(), Failu
                 "use `tp upgrade --manager-namespace {other}`, or `tp uninstall --manager-namespace {other}` first"
             )));
     }
+    learn(cluster, settings).await
+}
+
+/// What depends on the API server, and on an installation that may be there.
+pub(super) async fn learn(cluster: &Cluster, settings: &mut Settings) -> Result<(), Failure> {
     settings.ranges_by_dry_run = apply::lacks_service_cidrs(cluster).await?;
+    settings.native_sidecars = apply::has_native_sidecars(cluster).await?;
+    settings.certificate = Some(webhook::certificate(cluster, &settings.namespace).await?);
     Ok(())
 }
 

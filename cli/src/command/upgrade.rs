@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tp_manager_api::MANAGER_NAMESPACE;
 
-use super::install::{Report, make_it_so};
+use super::install::{Report, learn, make_it_so};
 use crate::install::{Installed, Settings, VERSION, apply};
 use crate::kubeconfig::{self, Cluster, Selectors};
 use crate::report::{self, Failure, Output};
@@ -57,10 +57,8 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
         find(&cluster, &args.manager_namespace),
     )
     .await?;
-    let settings = Settings {
-        ranges_by_dry_run: apply::lacks_service_cidrs(&cluster).await?,
-        ..changed(&before, &args)
-    };
+    let mut settings = changed(&before, &args);
+    learn(&cluster, &mut settings).await?;
     make_it_so(&cluster, &settings, args.timeout).await?;
     let report = Upgraded {
         from_version: &before.version,
@@ -147,7 +145,7 @@ mod tests {
                 replicas: 3,
                 pull_secrets: vec!["regcred".into()],
                 namespaces: vec!["shop".into()],
-                ranges_by_dry_run: false,
+                ..Settings::default()
             },
             image: "mirror.example/tp:1".into(),
             version: "0.0.9".into(),

@@ -1,5 +1,5 @@
-//! Pods that keep an agent. Kubernetes never takes an ephemeral container out of a pod, so it is there, without a rule and
-//! without a manager, until the pod is replaced.
+//! Pods that keep an agent. Kubernetes never takes a container out of a pod, so it is there, without a manager, until the pod
+//! is replaced: an ephemeral one without a rule, a sidecar passing everything to the application.
 
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::core::v1::Pod;
@@ -60,8 +60,14 @@ fn with_agent(pod: &Pod) -> Option<Kept> {
         .status
         .as_ref()
         .and_then(|status| status.phase.as_deref());
-    let mut names = spec.ephemeral_containers.iter().flatten();
-    let has = names.any(|container| container.name.starts_with(AGENT_PREFIX));
+    let ephemeral = spec.ephemeral_containers.iter().flatten();
+    let first = spec.init_containers.iter().flatten();
+    let mut names = ephemeral.map(|container| &container.name).chain(
+        first
+            .chain(&spec.containers)
+            .map(|container| &container.name),
+    );
+    let has = names.any(|name| name.starts_with(AGENT_PREFIX));
     let lives =
         !matches!(phase, Some("Succeeded" | "Failed")) && pod.metadata.deletion_timestamp.is_none();
     (has && lives).then(|| Kept {
@@ -163,6 +169,9 @@ mod tests {
             found.controller,
             Some(("ReplicaSet".into(), "web-5d".into()))
         );
+        let sidecar =
+            json!({ "containers": [], "initContainers": [{ "name": "tp-agent-sidecar" }] });
+        assert!(pod(sidecar, "Running").is_some());
         assert_eq!(pod(with("debugger-x"), "Running"), None);
         assert_eq!(pod(with("tp-agent-0-1-0-1"), "Succeeded"), None);
         assert_eq!(pod(json!({ "containers": [] }), "Running"), None);

@@ -76,6 +76,24 @@ pub async fn lacks_service_cidrs(cluster: &Cluster) -> Result<bool, Failure> {
         .any(|resource| resource.name == "servicecidrs"))
 }
 
+/// Whether Services find the named ports of native sidecars: the API server is of 1.32 or later.
+///
+/// # Errors
+/// When the API server cannot be asked.
+pub async fn has_native_sidecars(cluster: &Cluster) -> Result<bool, Failure> {
+    let version = cluster.in_time(cluster.client.apiserver_version()).await?;
+    Ok(is_at_least(&version.major, &version.minor, (1, 32)))
+}
+
+/// Providers write `32+`.
+fn is_at_least(major: &str, minor: &str, wanted: (u32, u32)) -> bool {
+    let number = |text: &str| {
+        let digits = text.split(|c: char| !c.is_ascii_digit()).next();
+        digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
+    };
+    (number(major), number(minor)) >= wanted
+}
+
 /// Applies every manifest of the settings; returns the Deployment's generation to wait for.
 ///
 /// # Errors
@@ -94,7 +112,9 @@ pub async fn all(cluster: &Cluster, settings: &Settings) -> Result<i64, Failure>
             "CustomResourceDefinition" => {
                 served(cluster, &applied.name_any(), &defined(&manifest.object)).await?;
             }
-            "Deployment" => generation = applied.meta().generation.unwrap_or_default(),
+            "Deployment" if applied.name_any() == MANAGER_NAME => {
+                generation = applied.meta().generation.unwrap_or_default()
+            }
             _ => {}
         }
     }
@@ -322,11 +342,30 @@ fn kind(object: &Value) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::install::webhook::Certificate;
+
+    #[test]
+    fn a_providers_version_is_a_version() {
+        for (major, minor, expected) in [
+            ("1", "36", true),
+            ("1", "32+", true),
+            ("1", "31+", false),
+            ("2", "0", true),
+            ("1", "", false),
+        ] {
+            assert_eq!(
+                is_at_least(major, minor, (1, 32)),
+                expected,
+                "{major}.{minor}"
+            );
+        }
+    }
 
     #[test]
     fn the_plural_of_every_kind_is_the_api_servers() {
         let settings = Settings {
             replicas: 2,
+            certificate: Some(Certificate::generate("tp-system").unwrap()),
             ..Settings::default()
         };
         let mut plurals: Vec<_> = manifests::all(&settings)
@@ -357,6 +396,12 @@ mod tests {
                 "poddisruptionbudgets",
                 "deployments",
                 "services",
+                "secrets",
+                "serviceaccounts",
+                "networkpolicies",
+                "deployments",
+                "services",
+                "mutatingwebhookconfigurations",
             ]
         );
     }

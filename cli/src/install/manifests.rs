@@ -6,9 +6,9 @@
 use k8s_openapi::Resource;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tp_manager_api::{HEALTH_PORT, MANAGER_NAME, METRICS_PORT, TUNNEL_PORT, policy};
+use tp_manager_api::{AGENT_IMAGE, HEALTH_PORT, MANAGER_NAME, METRICS_PORT, TUNNEL_PORT, policy};
 
-use super::{IMAGE_CHOICE, NAMESPACES, Settings, VERSION, roles};
+use super::{IMAGE_CHOICE, NAMESPACES, Settings, VERSION, roles, webhook};
 
 /// How long a replica may drain before it is killed; above the manager's own grace period.
 const GRACE_SECONDS: u32 = 40;
@@ -87,6 +87,9 @@ fn manager(settings: &Settings) -> Vec<Value> {
     }
     objects.push(deployment(settings));
     objects.push(service(settings));
+    if let Some(certificate) = &settings.certificate {
+        objects.extend(webhook::objects(settings, certificate));
+    }
     objects
 }
 
@@ -190,12 +193,7 @@ fn manager_pod(settings: &Settings) -> Value {
         "containers": [manager_container(settings)],
     });
     if !settings.pull_secrets.is_empty() {
-        let secrets: Vec<_> = settings
-            .pull_secrets
-            .iter()
-            .map(|name| json!({ "name": name }))
-            .collect();
-        pod["imagePullSecrets"] = secrets.into();
+        pod["imagePullSecrets"] = settings.pull_references();
     }
     pod
 }
@@ -204,7 +202,7 @@ fn manager_container(settings: &Settings) -> Value {
     let mut environment = pod_fields();
     if let Some(fields) = environment.as_array_mut() {
         // What runs in other people's pods, and what the fence lets in.
-        fields.push(json!({ "name": "TP_AGENT_IMAGE", "value": settings.image() }));
+        fields.push(json!({ "name": AGENT_IMAGE, "value": settings.image() }));
     }
     json!({
         "name": "manager",
@@ -297,7 +295,7 @@ fn labelled(mut object: Value) -> Value {
     object
 }
 
-fn merge(into: &mut Value, from: &Value) {
+pub(super) fn merge(into: &mut Value, from: &Value) {
     for (key, value) in from.as_object().into_iter().flatten() {
         into[key] = value.clone();
     }
@@ -324,6 +322,7 @@ mod tests {
             replicas: 2,
             pull_secrets: vec!["regcred".into()],
             namespaces: vec!["shop".into(), "billing".into()],
+            certificate: Some(webhook::Certificate::generate("tp-system").unwrap()),
             ..Settings::default()
         }
     }
@@ -454,6 +453,11 @@ mod tests {
 
         let installed = super::super::Installed::read(&deployment);
 
+        // The certificate and what the API server can do are asked for anew.
+        let told = Settings {
+            certificate: None,
+            ..told
+        };
         assert_eq!(installed.settings, told);
         assert_eq!(
             (installed.image.as_str(), installed.version.as_str()),

@@ -16,6 +16,9 @@ pub mod remove;
 mod roles;
 pub mod rollout;
 pub(crate) mod scene;
+pub mod webhook;
+
+use webhook::Certificate;
 
 /// Field manager of every object that we apply.
 pub const FIELD_MANAGER: &str = "tp";
@@ -63,12 +66,22 @@ pub struct Settings {
     /// Whether the API server has no ServiceCIDR objects (before Kubernetes 1.33), so that the manager has to learn
     /// the Services' range from a refused dry-run.
     pub ranges_by_dry_run: bool,
+    /// What the webhook shows; without one there is no webhook.
+    pub certificate: Option<Certificate>,
+    /// Whether Services find the named ports of native sidecars (Kubernetes 1.32 and later).
+    pub native_sidecars: bool,
 }
 
 impl Settings {
     /// Metadata of an object in the manager's namespace.
     fn metadata(&self, name: &str) -> Value {
         json!({ "name": name, "namespace": self.namespace })
+    }
+
+    /// The pull secrets as a pod has them.
+    fn pull_references(&self) -> Value {
+        let names = self.pull_secrets.iter();
+        names.map(|name| json!({ "name": name })).collect()
     }
 }
 
@@ -81,6 +94,8 @@ impl Default for Settings {
             pull_secrets: Vec::new(),
             namespaces: Vec::new(),
             ranges_by_dry_run: false,
+            certificate: None,
+            native_sidecars: true,
         }
     }
 }
@@ -147,7 +162,7 @@ impl Installed {
                     .map(|secret| secret.name)
                     .collect(),
                 namespaces: namespaces.into_iter().flatten().collect(),
-                ranges_by_dry_run: false,
+                ..Settings::default()
             },
             image,
             version: label(VERSION_LABEL).unwrap_or_else(|| "an unknown version".to_owned()),

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tp_manager_api::{Intercept, KEY_SECRET, MANAGER_NAME};
 
 use super::manifests::{self, Layer};
+use super::webhook::Certificate;
 use super::{OURS, Settings, apply};
 use crate::kubeconfig::Cluster;
 use crate::report::{Failure, is_denial};
@@ -33,10 +34,11 @@ pub async fn manager(
     namespace: &str,
     within: Duration,
 ) -> Result<Vec<Removed>, Failure> {
-    // More than one replica, so that the disruption budget is among what is looked for.
+    // More than one replica and a certificate, so that the disruption budget and the webhook are among what is looked for.
     let settings = Settings {
         namespace: namespace.to_owned(),
         replicas: 2,
+        certificate: Some(Certificate::generate(namespace)?),
         ..Settings::default()
     };
     let ours = manifests::all(&settings)
@@ -44,7 +46,9 @@ pub async fn manager(
         .filter(|manifest| manifest.layer == Layer::Manager);
     let (running, mut rest): (Vec<_>, Vec<_>) = ours
         .map(|manifest| manifest.object)
-        .partition(|object| object["kind"] == "Deployment");
+        // First what asks, then what answers.
+        .rev()
+        .partition(|object| object["kind"] == "Deployment" || object["kind"] == WEBHOOKS);
     rest.push(written_by_manager(namespace, "ConfigMap", MANAGER_NAME));
     gone_within(within, async {
         let mut removed = delete_named(&cluster.client, running).await?;
@@ -83,9 +87,12 @@ pub async fn everything(
 
 type Kind = (&'static str, &'static str);
 
-/// What runs goes first, then what it stood on. The policy's binding goes before the definition, so that nothing
+const WEBHOOKS: &str = "MutatingWebhookConfiguration";
+
+/// What asks goes first, then what runs, then what it stood on. The policy's binding goes before the definition, so that nothing
 /// refuses the deletion of Sessions.
 const SWEEP: &[&[Kind]] = &[
+    &[("admissionregistration.k8s.io/v1", WEBHOOKS)],
     &[("apps/v1", "Deployment"), ("batch/v1", "Job")],
     &[
         ("v1", "Service"),
@@ -109,6 +116,7 @@ const SWEEP: &[&[Kind]] = &[
         ("rbac.authorization.k8s.io/v1", "Role"),
         ("rbac.authorization.k8s.io/v1", "ClusterRole"),
         ("v1", "ServiceAccount"),
+        ("v1", "Secret"),
     ],
 ];
 
@@ -242,6 +250,7 @@ mod tests {
     fn every_kind_that_is_applied_is_also_swept() {
         let settings = Settings {
             replicas: 2,
+            certificate: Some(Certificate::generate("tp-system").unwrap()),
             ..Settings::default()
         };
         let swept: Vec<&str> = SWEEP

@@ -9,9 +9,10 @@ use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::Api;
 use kube::api::LogParams;
+use kube::runtime::wait::await_condition;
 use kube::runtime::watcher;
 use tp_manager_api::locator::LOCATOR_ENTRY;
-use tp_manager_api::{MANAGER_NAME, ManagerLocator};
+use tp_manager_api::{MANAGER_NAME, ManagerLocator, WEBHOOK_NAME};
 
 use super::diagnose::{self, Trouble};
 use super::scene::{Scene, Verdict, Watching};
@@ -46,6 +47,38 @@ pub async fn wait(
                 settings.namespace
             ))),
         None => Err(not_in_time(watching.scene(), settings, within)),
+    }
+}
+
+/// Waits until the webhook's pods are ready: what is made before has no sidecar.
+///
+/// # Errors
+/// They are not ready within `within`.
+pub async fn webhook(
+    cluster: &Cluster,
+    settings: &Settings,
+    within: Duration,
+) -> Result<(), Failure> {
+    let namespace = &settings.namespace;
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client.clone(), namespace);
+    let ready = await_condition(deployments, WEBHOOK_NAME, |found: Option<&Deployment>| {
+        let generation = found.and_then(|found| found.metadata.generation);
+        found.is_some_and(|found| {
+            has_observed(found, generation.unwrap_or_default()) && is_rolled_out(found)
+        })
+    });
+    let what = "the webhook that adds sidecars is not ready";
+    match tokio::time::timeout(within, ready).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(Failure::new(what).caused_by(&error)),
+        Err(_) => Err(Failure::new(what)
+            .because(format!(
+                "its pods were not available within {} s",
+                within.as_secs()
+            ))
+            .hint(format!(
+                "`kubectl get pods,events -n {namespace}` shows why; nothing else depends on it"
+            ))),
     }
 }
 

@@ -175,7 +175,7 @@ pub enum AttachMode {
     Auto,
     /// As an ephemeral container: nothing restarts.
     Ephemeral,
-    /// As a sidecar, from the next start of the pod on.
+    /// As a sidecar, in pods that were made with one.
     Sidecar,
 }
 
@@ -289,7 +289,7 @@ pub enum Reason {
     Unreachable,
     /// The agent does not stay up.
     AgentFails,
-    /// Attaching as a sidecar is not there yet.
+    /// The pod was made without the sidecar, or with one that does not stand before the port.
     Sidecar,
     /// The Secret of [`InterceptSpec::tls_secret`] cannot be had, or is not what the application serves with.
     TlsSecret,

@@ -79,6 +79,37 @@ pub const REDIRECTED_PORT: u16 = 15006;
 /// How the names of agents' containers begin.
 pub const AGENT_PREFIX: &str = "tp-agent-";
 
+/// Name of the agent's container in pods that were made with it.
+pub const SIDECAR: &str = "tp-agent-sidecar";
+
+/// Label of a pod that is to be made with the agent's sidecar: names of ports, with dots between, that it takes over.
+pub const SIDECAR_LABEL: &str = "tp.dev/sidecar";
+
+/// Name of the webhook's Deployment, Service, ServiceAccount, Secret and configuration.
+pub const WEBHOOK_NAME: &str = "tp-webhook";
+
+/// Port of the webhook, in its own pods.
+pub const WEBHOOK_PORT: u16 = 9443;
+
+/// Where the webhook takes reviews of pods.
+pub const WEBHOOK_PATH: &str = "/pods";
+
+/// Flag of the manager's program that makes it the webhook.
+pub const WEBHOOK_FLAG: &str = "--webhook";
+
+/// Folder in the webhook's pod with `tls.crt` and `tls.key`.
+pub const WEBHOOK_TLS: &str = "/etc/tp/tls";
+
+/// Folder in the webhook's pod with the manager's locator.
+pub const WEBHOOK_LOCATOR: &str = "/etc/tp/manager";
+
+/// Environment variable of the manager and of the webhook: the agents' image.
+pub const AGENT_IMAGE: &str = "TP_AGENT_IMAGE";
+
+/// Environment variable of the webhook: `true` where Services find the named ports of native sidecars, from Kubernetes
+/// 1.32 on.
+pub const NATIVE_SIDECARS: &str = "TP_NATIVE_SIDECARS";
+
 /// The agent's program in the image.
 pub const AGENT_PROGRAM: &str = "/tp-agent";
 

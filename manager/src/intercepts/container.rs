@@ -32,8 +32,7 @@ impl Blueprint {
 
     /// The key that the agent in this container of this pod shows.
     pub(super) fn agent_key(&self, pod_uid: &str, container: &str) -> KeyHash {
-        let agent = Identity::from_seed(&self.seed(pod_uid, container));
-        agent.expect("32 bytes are a seed").key_hash()
+        key_of(&self.seed(pod_uid, container))
     }
 
     /// All replicas share the manager's key, so all of them make the same seed. It says nothing about that key.
@@ -74,6 +73,12 @@ impl Blueprint {
         });
         json!({ "spec": { "ephemeralContainers": [agent] } })
     }
+}
+
+/// The key that an agent with this seed, of 64 hexadecimal digits, shows.
+pub(super) fn key_of(seed: &str) -> KeyHash {
+    let agent = Identity::from_seed(seed);
+    agent.expect("32 bytes are a seed").key_hash()
 }
 
 /// Name of the container of the `number`th agent of a pod.

@@ -8,7 +8,7 @@ mod container;
 mod held;
 mod link;
 mod plan;
-mod pod;
+pub(crate) mod pod;
 mod problem;
 mod secret;
 mod seen;
@@ -368,7 +368,10 @@ impl Controller {
             }
             let agent = Agent {
                 address: wanted.address,
-                key: self.blueprint.agent_key(pod, &wanted.container),
+                key: match &wanted.seed {
+                    Some(seed) => container::key_of(seed),
+                    None => self.blueprint.agent_key(pod, &wanted.container),
+                },
                 identity: self.blueprint.identity().clone(),
             };
             let (container, orders) = (wanted.container.clone(), wanted.orders.clone());

@@ -56,6 +56,8 @@ pub(super) struct Wanted {
     pub(super) address: SocketAddr,
     /// Which one it is.
     pub(super) container: String,
+    /// What makes its key, where the manager has not made it.
+    pub(super) seed: Option<String>,
     /// What it is told.
     pub(super) orders: Orders,
 }
@@ -150,7 +152,8 @@ fn serve(
         if let (Protocol::Tcp, Some(LinkState::Connected { open_before, .. })) =
             (held.protocol, link_state(world, pod))
         {
-            let open = open_before.get(&held.port).copied();
+            let (listen, _) = ports(pod, held);
+            let open = open_before.get(&listen).copied();
             report.open_before = match (report.open_before, open) {
                 (None, open) => open,
                 (sum, None) => sum,
@@ -179,22 +182,31 @@ fn take(world: &World<'_>, held: &Held, pod: &PodFacts, step: &Step, plan: &mut 
         }
         Step::Link(container) => {
             let Some(address) = pod.address else { return };
+            let sidecar = pod.sidecar.as_ref().map(|facts| &facts.sidecar);
             let wanted = plan
                 .links
                 .entry(Arc::clone(&pod.uid))
                 .or_insert_with(|| Wanted {
                     address: SocketAddr::new(address, AGENT_PORT),
                     container: container.clone(),
+                    seed: sidecar.map(|sidecar| sidecar.seed.clone()),
                     orders: Orders::default(),
                 });
             wanted.orders.close_idle |= held.close_idle;
-            wanted.orders.add(held);
+            wanted.orders.add(held, ports(pod, held));
         }
     }
 }
 
+/// Port that clients connect to, and the application's: the kernel redirects, or a sidecar listens elsewhere.
+fn ports(pod: &PodFacts, held: &Held) -> (u16, u16) {
+    let sidecar = pod.sidecar.as_ref();
+    let taken = sidecar.and_then(|facts| facts.sidecar.port(held.port));
+    taken.unwrap_or((held.port, held.port))
+}
+
 impl Orders {
-    fn add(&mut self, held: &Held) {
+    fn add(&mut self, held: &Held, (listen, app): (u16, u16)) {
         let credential = held.tls.as_ref().map(|secret| &secret.credential);
         let id = credential.map(|credential| credential.id().to_owned());
         self.credentials.extend(id.clone().zip(credential.cloned()));
@@ -206,14 +218,13 @@ impl Orders {
             tls: id,
         };
         let ports = &mut self.table.ports;
-        let same =
-            |port: &&mut PortRoutes| (port.protocol, port.listen) == (held.protocol, held.port);
+        let same = |port: &&mut PortRoutes| (port.protocol, port.listen) == (held.protocol, listen);
         match ports.iter_mut().find(same) {
             Some(port) => port.intercepts.push(route),
             None => ports.push(PortRoutes {
                 protocol: held.protocol,
-                listen: held.port,
-                app: held.port,
+                listen,
+                app,
                 intercepts: vec![route],
             }),
         }

@@ -1,6 +1,7 @@
 //! What an attachment needs to know of a pod, read off the object.
 //!
-//! Pure. Agents are the ephemeral containers whose names begin as ours do; the newest one counts.
+//! Pure. Agents are the ephemeral containers whose names begin as ours do; the newest one counts, and before it the
+//! sidecar with which a pod may have been made.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -9,7 +10,9 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{self, ContainerState, PodSpec};
 use kube::ResourceExt;
-use tp_manager_api::AGENT_PREFIX;
+use tp_manager_api::{AGENT_PREFIX, SIDECAR};
+
+use crate::sidecar::container::Sidecar;
 
 /// One pod that has not ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +45,17 @@ pub(super) struct PodFacts {
     pub(super) labels: BTreeMap<String, String>,
     /// Agents, in the order in which they were added. The API server keeps another one.
     pub(super) agents: Vec<AgentFacts>,
+    /// The agent that it was made with, where it was.
+    pub(super) sidecar: Option<SidecarFacts>,
+}
+
+/// An agent that a pod was made with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SidecarFacts {
+    /// Its container.
+    pub(super) agent: AgentFacts,
+    /// Its key and its ports.
+    pub(super) sidecar: Sidecar,
 }
 
 /// One agent of a pod.
@@ -113,23 +127,29 @@ impl PodFacts {
             node: spec.node_name.as_deref().map(Arc::from),
             labels: pod.labels().clone(),
             agents: agents(spec, &status),
+            sidecar: sidecar(spec, &status),
         })
     }
 
-    /// The newest agent.
+    /// The sidecar, or else the newest agent.
     pub(super) fn agent(&self) -> Option<&AgentFacts> {
-        self.agents.last()
+        match &self.sidecar {
+            Some(sidecar) => Some(&sidecar.agent),
+            None => self.agents.last(),
+        }
     }
 }
 
-fn is_windows(spec: &PodSpec) -> bool {
+/// Whether a pod says that it is for Windows.
+pub(crate) fn is_windows(spec: &PodSpec) -> bool {
     let selected = spec.node_selector.as_ref();
     let selected = selected.and_then(|labels| labels.get("kubernetes.io/os"));
     spec.os.as_ref().is_some_and(|os| os.name == "windows")
         || selected.is_some_and(|os| os == "windows")
 }
 
-fn mesh(spec: &PodSpec) -> Option<&'static str> {
+/// The service mesh whose proxy a pod has.
+pub(crate) fn mesh(spec: &PodSpec) -> Option<&'static str> {
     let mut containers = spec
         .containers
         .iter()
@@ -157,6 +177,22 @@ fn agents(spec: &PodSpec, status: &v1::PodStatus) -> Vec<AgentFacts> {
         .collect();
     agents.sort_by_key(|agent| number(&agent.container));
     agents
+}
+
+fn sidecar(spec: &PodSpec, status: &v1::PodStatus) -> Option<SidecarFacts> {
+    let native = spec.init_containers.iter().flatten();
+    let native = native.filter(|container| container.restart_policy.as_deref() == Some("Always"));
+    let sidecar = native.chain(&spec.containers).find_map(Sidecar::read)?;
+    let statuses = [&status.init_container_statuses, &status.container_statuses];
+    let mut statuses = statuses.into_iter().flatten().flatten();
+    let state = statuses
+        .find(|status| status.name == SIDECAR)
+        .and_then(|status| status.state.as_ref());
+    let agent = AgentFacts {
+        container: SIDECAR.to_owned(),
+        state: state.map_or(AgentState::New, agent_state),
+    };
+    Some(SidecarFacts { agent, sidecar })
 }
 
 /// How many agents there were when this one was added, itself included.
@@ -284,6 +320,43 @@ pub(super) mod tests {
             json!({ "metadata": { "annotations": { "kubernetes.io/config.mirror": "x" } } });
         assert!(pod("web", mirror).is_static);
         assert!(pod("web", json!({ "spec": { "hostPID": true } })).host_processes);
+    }
+
+    /// What a pod looks like that was made with the agent in place of port 8080.
+    pub(in crate::intercepts) fn with_sidecar(state: Value) -> Value {
+        let container = json!({
+            "name": "tp-agent-sidecar", "image": "tp", "restartPolicy": "Always",
+            "args": ["--listen", "[::]:15100=8080"],
+            "env": [{ "name": "TP_AGENT_SEED", "value": "ab".repeat(32) }],
+        });
+        let status = json!({ "name": "tp-agent-sidecar", "image": "tp", "imageID": "", "ready": true,
+            "restartCount": 0, "state": state });
+        json!({
+            "spec": { "initContainers": [container] },
+            "status": { "initContainerStatuses": [status] },
+        })
+    }
+
+    #[test]
+    fn a_sidecar_is_the_agent_of_its_pod() {
+        let mut change = with_sidecar(json!({ "running": {} }));
+        merge(
+            &mut change,
+            with_agents(&[("tp-agent-0-1", json!({ "running": {} }))]),
+        );
+
+        let pod = pod("web", change.clone());
+
+        assert_eq!(pod.agent().unwrap().container, "tp-agent-sidecar");
+        assert_eq!(pod.agent().unwrap().state, AgentState::Running);
+        assert_eq!(pod.sidecar.unwrap().sidecar.port(8080), Some((15100, 8080)));
+        // One that ends before the application starts is none.
+        change["spec"]["initContainers"][0]["restartPolicy"] = Value::Null;
+        let pod = self::pod("web", change);
+        assert_eq!(
+            (&*pod.agent().unwrap().container, &pod.sidecar),
+            ("tp-agent-0-1", &None)
+        );
     }
 
     #[test]

@@ -69,10 +69,8 @@ impl Problem {
                     "the PodSecurity level of namespace {namespace} refuses the agent: {}",
                     after(&message, "violates PodSecurity ")
                 ),
-                format!(
-                    "intercept in a namespace of level privileged; an administrator sets it with `kubectl label namespace {namespace} \
-                     pod-security.kubernetes.io/enforce=privileged --overwrite`"
-                ),
+                "attach as a sidecar, which every level lets in and which makes the pods anew: `--attach sidecar --restart-pods`"
+                    .to_owned(),
             ),
             403 | 422 if message.contains(FENCE) && message.contains("labelled") => refused(
                 Reason::Namespace,
@@ -168,7 +166,7 @@ mod tests {
         let right = r#"pods "web" is forbidden: User "system:serviceaccount:tp-system:tp-manager" cannot patch resource "pods/ephemeralcontainers" in API group "" in the namespace "shop""#;
         let webhook = r#"admission webhook "images.example" denied the request: untrusted image"#;
         for (code, message, reason, word) in [
-            (403, security, Reason::PodSecurity, "privileged"),
+            (403, security, Reason::PodSecurity, "--attach sidecar"),
             (403, fence, Reason::Namespace, "tp.dev/intercept"),
             (403, right, Reason::Admission, "tp upgrade"),
             (403, webhook, Reason::Admission, "webhook"),

@@ -5,9 +5,11 @@
 use std::time::Duration;
 
 use tp_manager_api::intercept::{AttachMode, Reason};
+use tp_manager_api::route_table::Protocol;
+use tp_manager_api::{SIDECAR_LABEL, WEBHOOK_NAME};
 
 use super::container::container_name;
-use super::pod::{AgentFacts, AgentState, PodFacts, number};
+use super::pod::{AgentFacts, AgentState, PodFacts, SidecarFacts, number};
 use super::problem::Problem;
 use super::world::{Held, World};
 
@@ -31,13 +33,6 @@ pub(super) fn pod_problem(world: &World<'_>, held: &Held, pod: &PodFacts) -> Opt
         let cure = "intercept another workload; nothing can be attached to this one";
         Some(Problem::lasting(reason, what, cure))
     };
-    if held.attach == AttachMode::Sidecar {
-        return Some(Problem::lasting(
-            Reason::Sidecar,
-            "attaching as a sidecar is not there yet",
-            "leave `--attach` away, or give `--attach ephemeral`",
-        ));
-    }
     if **namespace == *"kube-system" || **namespace == *world.own_namespace {
         let what = format!("nothing is attached to pods of namespace {namespace}");
         return never(Reason::Namespace, what);
@@ -59,12 +54,59 @@ pub(super) fn pod_problem(world: &World<'_>, held: &Held, pod: &PodFacts) -> Opt
             format!("pod {name} runs on Windows"),
         );
     }
-    let mesh = pod.mesh?;
+    if let Some(mesh) = pod.mesh {
+        return Some(Problem::lasting(
+            Reason::Mesh,
+            format!("pod {name} has the proxy of {mesh}, which takes its connections first"),
+            "service meshes are not supported yet; intercept a workload outside of the mesh",
+        ));
+    }
+    match &pod.sidecar {
+        Some(facts) => sidecar_problem(held, pod, facts),
+        None if held.attach == AttachMode::Sidecar => Some(without_sidecar(pod)),
+        None => None,
+    }
+}
+
+/// The agent with which a pod was made takes the ports that it was made for, and no other agent goes beside it.
+fn sidecar_problem(held: &Held, pod: &PodFacts, facts: &SidecarFacts) -> Option<Problem> {
+    if held.protocol == Protocol::Udp {
+        return Some(Problem::lasting(
+            Reason::Sidecar,
+            format!("the sidecar of pod {} takes no UDP", pod.name),
+            format!(
+                "pods without the label {SIDECAR_LABEL} get an agent that does, where it may have NET_ADMIN"
+            ),
+        ));
+    }
+    if facts.sidecar.port(held.port).is_some() {
+        return None;
+    }
+    let apps: Vec<_> = facts.sidecar.apps().map(|port| port.to_string()).collect();
     Some(Problem::lasting(
-        Reason::Mesh,
-        format!("pod {name} has the proxy of {mesh}, which takes its connections first"),
-        "service meshes are not supported yet; intercept a workload outside of the mesh",
+        Reason::Sidecar,
+        format!(
+            "the sidecar of pod {} stands before port {} and not before {}",
+            pod.name,
+            apps.join(", "),
+            held.port
+        ),
+        format!(
+            "give port {} a name, and `--attach sidecar --restart-pods` makes the pods anew for it",
+            held.port
+        ),
     ))
+}
+
+fn without_sidecar(pod: &PodFacts) -> Problem {
+    Problem::lasting(
+        Reason::Sidecar,
+        format!("pod {} was made without the agent", pod.name),
+        format!(
+            "`--attach sidecar --restart-pods` makes the pods anew with it; it takes the label {SIDECAR_LABEL} of the pod and \
+             the webhook {WEBHOOK_NAME} in the manager's namespace"
+        ),
+    )
 }
 
 /// An agent that ended sooner has failed.
@@ -89,10 +131,13 @@ pub(super) fn next_step(world: &World<'_>, pod: &PodFacts) -> Step {
     let Some(agent) = pod.agent() else {
         return attach();
     };
+    let kept_up = pod.sidecar.is_some();
     match &agent.state {
         AgentState::Ended { message, .. } if message.contains("exec format error") => {
             Step::Nothing(architecture(world, pod))
         }
+        // Its node starts it again.
+        AgentState::Ended { .. } if kept_up => Step::Link(agent.container.clone()),
         AgentState::Ended { message, .. }
             if failures(pod) >= FAILURES_MAX || pod.agents.len() >= AGENTS_MAX =>
         {
@@ -112,7 +157,9 @@ pub(super) fn next_step(world: &World<'_>, pod: &PodFacts) -> Step {
                 "make the image that `tp install --image` names available to that node, and to the pull secrets of the pod",
             ))
         }
-        AgentState::Waiting { reason, message } if is_start_failure(reason) => {
+        AgentState::Waiting { reason, message }
+            if is_start_failure(reason) || (kept_up && reason == "CrashLoopBackOff") =>
+        {
             Step::Nothing(fails(pod, agent, &format!("{reason}: {message}")))
         }
         AgentState::New | AgentState::Waiting { .. } | AgentState::Running => {

@@ -12,7 +12,7 @@ use tp_manager_api::intercept::{AttachMode, Reason, Workload, WorkloadKind};
 use tp_manager_api::tls::Found;
 
 use super::super::pod::PodFacts;
-use super::super::pod::tests::{pod, with_agents};
+use super::super::pod::tests::{pod, with_agents, with_sidecar};
 use super::super::secret::Secret;
 use super::super::secret::tests::credential;
 use super::super::world::{LinkView, NotLetIn, Restrictions, Scene};
@@ -367,6 +367,58 @@ fn what_keeps_an_agent_out_is_named_with_its_cure() {
         ..Node::default()
     }));
     assert_eq!(case.reason(), Some(Reason::OperatingSystem));
+}
+
+#[test]
+fn a_pod_with_a_sidecar_gets_a_connection_to_it_whatever_was_asked_for() {
+    for mode in [AttachMode::Auto, AttachMode::Ephemeral, AttachMode::Sidecar] {
+        let mut case = Case::new(vec![pod("a", with_sidecar(json!({ "running": {} })))]);
+        case.held[0].attach = mode;
+
+        let plan = case.plan();
+
+        assert!(plan.attach.is_empty());
+        let wanted = &plan.links["uid-a"];
+        assert_eq!(wanted.container, "tp-agent-sidecar");
+        assert_eq!(wanted.seed, Some("ab".repeat(32)));
+        let port = &wanted.orders.table.ports[0];
+        assert_eq!((port.listen, port.app), (15100, 8080));
+        let case = case.linked("a", "tp-agent-sidecar", connected(&["id-1"]));
+        assert_eq!(case.reason(), None);
+    }
+}
+
+#[test]
+fn a_sidecar_that_is_not_there_or_stands_elsewhere_is_named() {
+    let mut case = Case::new(vec![pod("a", json!({}))]);
+    case.held[0].attach = AttachMode::Sidecar;
+    let plan = case.plan();
+    let problem = plan.reports[0].problem.clone().unwrap();
+    assert_eq!(problem.reason, Reason::Sidecar);
+    assert!(problem.cure.unwrap().contains("--restart-pods"));
+    assert!(plan.attach.is_empty() && plan.links.is_empty());
+
+    let mut case = Case::new(vec![pod("a", with_sidecar(json!({ "running": {} })))]);
+    case.held[0].port = 9090;
+    let plan = case.plan();
+    let problem = plan.reports[0].problem.clone().unwrap();
+    assert!(
+        problem.what.contains("8080 and not before 9090"),
+        "{problem:?}"
+    );
+    assert!(plan.attach.is_empty(), "two agents would want one port");
+}
+
+#[test]
+fn a_sidecar_that_ends_is_its_nodes_to_start_again() {
+    let state = |state: Value| Case::new(vec![pod("a", with_sidecar(state))]);
+    let ended = json!({ "terminated": { "exitCode": 137 } });
+    let plan = state(ended).plan();
+    assert!(plan.attach.is_empty() && plan.links.contains_key("uid-a"));
+    let loops = json!({ "waiting": { "reason": "CrashLoopBackOff", "message": "back-off" } });
+    assert_eq!(state(loops).reason(), Some(Reason::AgentFails));
+    let pull = json!({ "waiting": { "reason": "ImagePullBackOff", "message": "no" } });
+    assert_eq!(state(pull).reason(), Some(Reason::ImagePull));
 }
 
 #[test]
