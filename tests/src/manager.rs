@@ -88,6 +88,17 @@ kind: RoleBinding
         pids.filter_map(of_pod).collect()
     }
 
+    /// The webhook's processes on this machine.
+    pub fn webhook_processes(&self) -> Vec<u32> {
+        let entries = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let is_webhook = |pid: &u32| {
+            let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line == "/tp-manager\0--webhook\0"
+        };
+        pids.filter(is_webhook).collect()
+    }
+
     /// The agents' processes on this machine, of the pods with these uids: a parent and a worker each.
     pub fn agent_processes(&self, pod_uids: &str) -> Vec<u32> {
         self.processes_of_pods(pod_uids, "tp-agent")

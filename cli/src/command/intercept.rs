@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use serde::Serialize;
+use tp_manager_api::SIDECAR_LABEL;
 use tp_manager_api::intercept::AttachMode;
 use tp_manager_api::route_table::Protocol;
 
@@ -23,6 +24,7 @@ use crate::intercept::example;
 use crate::intercept::flags::MatcherFlags;
 use crate::intercept::missing::MissingFlags;
 use crate::intercept::ports::{PortFlag, Target};
+use crate::intercept::sidecar;
 use crate::intercept::workload::{self, Found};
 use crate::kubeconfig::Cluster;
 use crate::report::{self, Failure, OrFail, Output, escaped};
@@ -85,6 +87,9 @@ pub struct Args {
     /// beside the application; repeatable
     #[arg(long, value_name = "PORT[/tcp]", value_delimiter = ',', value_parser = to_pod)]
     pub to_pod: Vec<u16>,
+    /// With `--attach sidecar`: give the pod template the label that asks for the agent, and make the pods anew
+    #[arg(long)]
+    pub restart_pods: bool,
     /// What reaches the local port is never encrypted; taken for the sake of scripts
     #[arg(long, hide = true)]
     pub plaintext: bool,
@@ -122,7 +127,7 @@ pub enum Attach {
     Auto,
     /// As an ephemeral container; nothing restarts
     Ephemeral,
-    /// As a sidecar, from the pod's next start on
+    /// As a sidecar, which takes no privilege, in pods that were made with it
     Sidecar,
 }
 
@@ -245,6 +250,11 @@ impl Args {
     }
 
     async fn plan(&self, peer: &Peer) -> Result<Plan, Failure> {
+        if self.restart_pods && self.attach != Attach::Sidecar {
+            let failure = Failure::new("`--restart-pods` goes with `--attach sidecar`");
+            let failure = failure.because("nothing else takes new pods");
+            return Err(failure.exit(report::USAGE));
+        }
         let chosen = self.matchers.choose()?;
         let (selectors, namespace) = peer.login().await?;
         let cluster = selectors.load().await?;
@@ -258,6 +268,18 @@ impl Args {
             return Err(Failure::new(what).because(obstacle));
         }
         let ports = self.ports(&found, &services)?;
+        let targets: Vec<_> = ports.iter().map(|(_, _, target)| target).collect();
+        let beside = self.attach == Attach::Sidecar || found.labels.contains_key(SIDECAR_LABEL);
+        let is_udp = |(_, protocol, _): &(_, Protocol, _)| *protocol == Protocol::Udp;
+        if beside && ports.iter().any(is_udp) {
+            return Err(sidecar::no_udp(&found));
+        }
+        if self.attach == Attach::Sidecar {
+            let restart = self.restart_pods;
+            sidecar::make_sure(&cluster, &namespace, &found, &services, &targets, restart).await?;
+        } else if found.labels.contains_key(SIDECAR_LABEL) {
+            sidecar::check(&found, &services, &targets)?;
+        }
         let of_port = ports
             .iter()
             .find_map(|(_, _, target)| target.container.as_deref());

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::daemon::peers::{self, Peer};
+use crate::intercept::{sidecar, workload};
 use crate::report::{self, Failure, Output};
 
 /// End an intercept: its requests go to the application again
@@ -17,15 +18,20 @@ pub struct Args {
     /// Every intercept
     #[arg(long, conflicts_with = "name")]
     pub all: bool,
+    /// Take the label that asks for the agent out of the workload's pod template, and make its pods anew without it
+    #[arg(long)]
+    pub restart_pods: bool,
     /// Only of this connection
     #[arg(long, value_name = "NAME")]
     pub connection: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Default)]
 struct Left {
     /// Names of the intercepts that were ended.
     left: BTreeSet<String>,
+    /// Workloads whose pods were made anew, as in `deployment/web`.
+    restarted: BTreeSet<String>,
 }
 
 /// Ends them.
@@ -37,38 +43,49 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
         Some(name) => vec![peers::one(Some(name))?],
         None => peers::all(),
     };
-    let mut left = BTreeSet::new();
+    let mut gone = Left::default();
     for peer in &peers {
-        left.extend(leave(peer, args.name.as_deref()).await?);
+        leave(peer, &args, &mut gone).await?;
     }
-    if let (true, Some(name)) = (left.is_empty(), &args.name) {
+    if let (true, Some(name)) = (gone.left.is_empty(), &args.name) {
         return Err(Failure::new(format!("there is no intercept named {name}"))
             .hint("`tp status` shows yours; `tp list -i` shows everybody's"));
     }
-    let left = Left { left };
-    output.print(&left, || told(&left))?;
+    output.print(&gone, || told(&gone))?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// The named one of a connection, or all.
-async fn leave(peer: &Peer, name: Option<&str>) -> Result<Vec<String>, Failure> {
-    let names: BTreeSet<String> = match name {
-        Some(name) => [name.to_owned()].into(),
-        None => {
-            let intercepts = peer.status().await.intercepts;
-            intercepts
-                .into_iter()
-                .map(|intercept| intercept.name)
-                .collect()
-        }
-    };
-    let mut left = Vec::new();
+async fn leave(peer: &Peer, args: &Args, gone: &mut Left) -> Result<(), Failure> {
+    let intercepts = peer.status().await.intercepts;
+    let mut names: BTreeSet<String> = args.name.iter().cloned().collect();
+    if args.name.is_none() {
+        names.extend(intercepts.iter().map(|intercept| intercept.name.clone()));
+    }
     for name in names {
         if report::step("leaving", peer.leave(&name)).await? {
-            left.push(name);
+            gone.left.insert(name);
         }
     }
-    Ok(left)
+    if args.restart_pods {
+        let left = intercepts.iter();
+        let left = left.filter(|intercept| gone.left.contains(&intercept.name));
+        let workloads: BTreeSet<&str> = left.map(|intercept| &*intercept.workload).collect();
+        restart(peer, workloads, gone).await?;
+    }
+    Ok(())
+}
+
+async fn restart(peer: &Peer, workloads: BTreeSet<&str>, gone: &mut Left) -> Result<(), Failure> {
+    let (selectors, namespace) = peer.login().await?;
+    let cluster = selectors.load().await?;
+    for name in workloads {
+        let found = workload::find(&cluster, &namespace, name).await?;
+        if sidecar::take_out(&cluster, &namespace, &found).await? {
+            gone.restarted.insert(name.to_owned());
+        }
+    }
+    Ok(())
 }
 
 fn told(left: &Left) -> String {
@@ -76,7 +93,13 @@ fn told(left: &Left) -> String {
         true => "no intercepts\n".to_owned(),
         false => {
             let names: Vec<&str> = left.left.iter().map(String::as_str).collect();
-            format!("left {}\n", names.join(", "))
+            let restarted = left.restarted.iter();
+            let restarted = restarted.map(|workload| format!("made the pods of {workload} anew\n"));
+            format!(
+                "left {}\n{}",
+                names.join(", "),
+                restarted.collect::<String>()
+            )
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What an intercept is to the person who asks for one: flags, ports, workloads, variables.
 //!
-//! Mostly pure; [`workload`] and [`mod@env`] ask the API server, as the user. Keeping intercepts up is the daemon's part
+//! Mostly pure; [`workload`], [`mod@env`] and [`sidecar`] ask the API server, as the user. Keeping intercepts up is the daemon's part
 //! ([`crate::daemon::intercepts`]), matching requests is `tp-manager-api`'s.
 
 pub mod env;
@@ -10,4 +10,5 @@ pub mod guess;
 pub mod missing;
 pub mod ports;
 pub mod request;
+pub mod sidecar;
 pub mod workload;

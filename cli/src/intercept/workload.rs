@@ -54,6 +54,18 @@ impl Found {
         }
     }
 
+    /// One of a test's own.
+    #[cfg(test)]
+    pub(super) fn new(workload: Workload, labels: BTreeMap<String, String>, spec: PodSpec) -> Self {
+        Self {
+            workload,
+            labels,
+            spec,
+            ready: 1,
+            is_static: false,
+        }
+    }
+
     /// Why nothing of it can be intercepted, as far as it can be seen from here.
     #[must_use]
     pub fn obstacle(&self, namespace: &str) -> Option<&'static str> {
