@@ -2,7 +2,7 @@
 //!
 //! A process of its own, with an account that has no right and no token: whoever reaches it, or breaks it, gets none. It
 //! knows what is in its pod's folders (certificate, manager's locator) and in the review that it is sent; which pod gets
-//! what is decided by [`mutate`], from nothing else. The API server goes on without it when it does not answer.
+//! what is decided by `mutate.rs`, from nothing else. The API server goes on without it when it does not answer.
 
 pub(crate) mod container;
 mod mutate;
