@@ -16,7 +16,7 @@ use tp_manager_api::{
 use super::manifests::{container_security, merge, our_labels, pod_security};
 use super::{Settings, VERSION};
 use crate::kubeconfig::Cluster;
-use crate::report::Failure;
+use crate::report::{Failure, is_denial};
 
 /// Name of the one webhook in the configuration.
 const WEBHOOK: &str = "sidecars.tp.dev";
@@ -71,13 +71,19 @@ fn base64(text: &str) -> String {
 }
 
 /// The certificate that is there, or else a new one: replacing it would leave the webhook unknown to the API server until
-/// its pods have the new one.
+/// its pods have the new one. Who may not look is told what the installation as a whole needs, once that is tried.
 ///
 /// # Errors
 /// When the API server cannot be asked.
 pub async fn certificate(cluster: &Cluster, namespace: &str) -> Result<Certificate, Failure> {
     let secrets: Api<Secret> = Api::namespaced(cluster.client.clone(), namespace);
-    let found = cluster.in_time(secrets.get_opt(WEBHOOK_NAME)).await?;
+    let looking = async {
+        match secrets.get_opt(WEBHOOK_NAME).await {
+            Err(error) if is_denial(&error) => Ok(None),
+            looked => looked,
+        }
+    };
+    let found = cluster.in_time(looking).await?;
     match found.as_ref().and_then(kept) {
         Some(certificate) => Ok(certificate),
         None => Certificate::generate(namespace),
