@@ -121,17 +121,26 @@ impl<'a> Namespace<'a> {
         self.wait_service(name, 22);
     }
 
-    /// Waits until the node's packet rules lead to the Service's pods: that comes a moment after the pods are ready.
+    /// Waits until the node's packet rules lead to the Service's pods, and its name is known: that comes a moment after the
+    /// pods are ready, or more on a busy machine.
     #[track_caller]
     pub fn wait_service(&self, name: &str, port: u16) {
         let address = self.value(&format!("svc/{name}"), ".spec.clusterIP");
+        let full_name = format!("{name}.{}.svc.cluster.local", self.name);
         let connect = format!("exec 3<>/dev/tcp/{address}/{port}");
+        let resolve =
+            format!("dig +short +time=2 +tries=1 @{CLUSTER_DNS} {full_name} | grep -qFx {address}");
         let limit = std::time::Duration::from_secs(30);
-        crate::eventually("the Service leads to its pods", limit, || {
-            self.cluster
-                .try_on_node(&["bash", "-c", &connect])
-                .then_some(())
-        });
+        for (what, script) in [
+            ("the Service leads to its pods", connect),
+            ("the Service's name is known", resolve),
+        ] {
+            crate::eventually(what, limit, || {
+                self.cluster
+                    .try_on_node(&["bash", "-c", &script])
+                    .then_some(())
+            });
+        }
     }
 }
 
@@ -148,6 +157,9 @@ impl Drop for Namespace<'_> {
         }
     }
 }
+
+/// `DNS_IP` of `cluster/env.sh`.
+const CLUSTER_DNS: &str = "10.96.0.10";
 
 const PROBE: &str = r#"
 apiVersion: v1
