@@ -217,6 +217,9 @@ fn an_agent_that_is_killed_is_started_again_and_takes_its_routes_back() {
     intercept.becomes("ready again", |status| {
         condition(status)["status"] == "True"
     });
+    // While none of its pods was ready the Service refused.
+    namespace.wait_ready("app=web");
+    namespace.wait_service("web", 80);
     each_goes_where_it_belongs(&cluster, &namespace);
 }
 
