@@ -3,15 +3,17 @@
 //! ```text
 //! worker ──► parent   live 80 8080    twice a second, and at every change: it works, and these ports want traffic
 //! worker ──► parent   live 53=40001   the same, and UDP port 53 is to come to port 40001
-//! worker ◄── parent   live 80 8080    at every change: these ports are redirected now
+//! worker ◄── parent   live 80 8080    to each of these: so it is now
 //! worker ──► parent   close 80        reset the idle connections to these ports that bypass the agent
 //! worker ◄── parent   close 80        it is done
 //! ```
 //!
-//! The end of either pipe is the end of who wrote to it.
+//! Each word is answered, in order: so the worker knows which of its words an answer is to, and does not take the answer to an
+//! older one for the state of the kernel. The end of either pipe is the end of who wrote to it.
 
 use std::fmt;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
@@ -117,8 +119,10 @@ pub fn say_to(mut out: impl Write) -> impl FnMut(&Word) -> io::Result<()> {
 /// What a worker has heard of its parent.
 #[derive(Debug, Default)]
 pub struct Heard {
-    /// Ports that are redirected.
+    /// Ports that were redirected when it answered last.
     redirected: Ports,
+    /// Words about ports that it has answered.
+    answers: u64,
     /// How often idle connections were closed.
     closed: u64,
 }
@@ -128,7 +132,10 @@ pub async fn hear(parent: impl AsyncRead + Unpin, heard: watch::Sender<Heard>) {
     let mut lines = BufReader::with_capacity(256, parent);
     while let Ok(word) = next(&mut lines).await {
         heard.send_modify(|heard| match word {
-            Word::Live(ports) => heard.redirected = ports,
+            Word::Live(ports) => {
+                heard.redirected = ports;
+                heard.answers += 1;
+            }
             Word::Close(_) => heard.closed += 1,
         });
     }
@@ -137,6 +144,8 @@ pub async fn hear(parent: impl AsyncRead + Unpin, heard: watch::Sender<Heard>) {
 /// The worker's parent, as its tasks see it.
 #[derive(Debug)]
 pub struct Parent {
+    /// Words about ports that the worker has begun to say.
+    said: AtomicU64,
     heard: watch::Receiver<Heard>,
     /// Wishes to close; one at a time, so that an answer has one question.
     close_tx: mpsc::Sender<Vec<u16>>,
@@ -149,6 +158,7 @@ impl Parent {
         let (close_tx, close) = mpsc::channel(1);
         let turn = Semaphore::new(1);
         let parent = Self {
+            said: AtomicU64::default(),
             heard,
             close_tx,
             turn,
@@ -156,10 +166,17 @@ impl Parent {
         (parent, close)
     }
 
-    /// Waits until the kernel redirects all these ports. False after [`PATIENCE`].
+    /// Counts a word about ports. To be called before the ports are looked up.
+    pub(crate) fn begin_word(&self) {
+        self.said.fetch_add(1, Relaxed);
+    }
+
+    /// Waits until the kernel redirects all these ports, which the next word will have. False after [`PATIENCE`].
     pub(crate) async fn redirects(&self, tcp: &[u16], udp: &[u16]) -> bool {
+        // Words up to here may have been made without them.
+        let said = self.said.load(Relaxed);
         let mut heard = self.heard.clone();
-        let all = heard.wait_for(|heard| heard.redirected.have(tcp, udp));
+        let all = heard.wait_for(|heard| heard.answers > said && heard.redirected.have(tcp, udp));
         matches!(timeout(PATIENCE, all).await, Ok(Ok(_)))
     }
 
@@ -225,6 +242,30 @@ mod tests {
         ] {
             assert_eq!(parse(bad), None, "{}", bad.escape_ascii());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_answer_to_an_older_word_is_not_the_answer() {
+        let (heard_tx, heard) = watch::channel(Heard::default());
+        let parent = Parent::new(heard).0;
+        let answer = |tcp: &[u16]| {
+            heard_tx.send_modify(|heard| {
+                heard.redirected.tcp = tcp.to_vec();
+                heard.answers += 1;
+            });
+        };
+        parent.begin_word();
+        answer(&[80]);
+        // An intercept went, and comes back before that was answered.
+        parent.begin_word();
+        let redirected = parent.redirects(&[80], &[]);
+        tokio::pin!(redirected);
+        assert!(futures::poll!(&mut redirected).is_pending());
+        parent.begin_word();
+        answer(&[]);
+        assert!(futures::poll!(&mut redirected).is_pending());
+        answer(&[80]);
+        assert!(redirected.await);
     }
 
     #[tokio::test]

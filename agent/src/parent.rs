@@ -88,7 +88,7 @@ fn start(mut command: Command) -> io::Result<Child> {
         .spawn()
 }
 
-/// Refreshes the rule with what the worker says, and tells it when that has changed. Returns when the worker has failed,
+/// Refreshes the rule with what the worker says, and answers that it has. Returns when the worker has failed,
 /// and why.
 async fn follow(
     child: &mut Child,
@@ -108,13 +108,15 @@ async fn follow(
         let answer = match word {
             Err(_) => return format!("it was silent for {SILENCE:?}"),
             Ok(Err(error)) => return error.to_string(),
-            Ok(Ok(Word::Live(ports))) if ports.is_empty() && redirected.is_empty() => continue,
             Ok(Ok(Word::Live(ports))) => {
-                if let Err(error) = redirect.refresh(&ports) {
+                let idle = ports.is_empty() && redirected.is_empty();
+                let refreshed = if idle {
+                    Ok(())
+                } else {
+                    redirect.refresh(&ports)
+                };
+                if let Err(error) = refreshed {
                     return format!("the packet filter refused: {error}");
-                }
-                if ports == redirected {
-                    continue;
                 }
                 redirected.clone_from(&ports);
                 Word::Live(ports)

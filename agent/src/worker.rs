@@ -135,6 +135,9 @@ pub async fn serve(
 
 /// The ports whose new connections and datagrams are to come here.
 fn wanted(shared: &Arc<Shared>, datagrams: &mut Sockets) -> Word {
+    if let Some(parent) = &shared.parent {
+        parent.begin_word();
+    }
     Word::Live(match shared.budget.is_strained() {
         // They go to the application by themselves then.
         true => Ports::default(),
