@@ -2,8 +2,11 @@
 
 mod common;
 
+use std::future::poll_fn;
 use std::io::ErrorKind;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Context;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -11,6 +14,7 @@ use common::{
     connection, connection_with, ends, eventually, listener, pattern, read_all, send_and_finish,
     soon, stalled_flow, target, through,
 };
+use futures::task::ArcWake;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::net::TcpListener;
 use tp_tunnel::{DialErrorKind, Host, OpenError, Settings, Target, Tunnel, TunnelError};
@@ -499,4 +503,39 @@ async fn a_peer_that_answers_no_ping_is_found_dead() {
     let (_tunnel, driver) = soon(establishing).await.unwrap().unwrap();
     let ended = soon(driver).await;
     assert!(matches!(ended, Err(TunnelError::Silent(_))), "{ended:?}");
+}
+
+/// Counts its wakes.
+#[derive(Default)]
+struct Woken(AtomicUsize);
+
+impl ArcWake for Woken {
+    fn wake_by_ref(woken: &Arc<Self>) {
+        woken.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[tokio::test]
+async fn a_sender_is_not_woken_for_room_that_is_there_and_still_hears_of_a_reset() {
+    let connection = connection().await;
+    let (listener, address) = listener().await;
+    let flow = connection.tunnel.connect(&target(address)).await.unwrap();
+    let (mut server, _) = listener.accept().await.unwrap();
+    let (_reader, mut writer) = flow.into_io();
+    let woken = Arc::new(Woken::default());
+    let waker = futures::task::waker(Arc::clone(&woken));
+
+    let waiting = writer.poll_reset(&mut Context::from_waker(&waker));
+    assert!(waiting.is_pending());
+    soon(writer.write_all(b"question")).await.unwrap();
+
+    let mut question = [0; 8];
+    soon(server.read_exact(&mut question)).await.unwrap();
+    assert_eq!(
+        (&question, woken.0.load(Ordering::SeqCst)),
+        (b"question", 0)
+    );
+    server.set_zero_linger().unwrap();
+    drop(server);
+    soon(poll_fn(|cx| writer.poll_reset(cx))).await;
 }

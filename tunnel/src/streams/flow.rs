@@ -147,6 +147,7 @@ impl FlowSender {
         last: bool,
     ) -> Poll<Result<(), FlowError>> {
         let wanted = data.len().min(FRAME_PAYLOAD);
+        self.wake_nobody()?;
         loop {
             self.stream.reserve_capacity(wanted);
             if self.stream.capacity() == 0 {
@@ -156,7 +157,9 @@ impl FlowSender {
                     None => return Poll::Ready(Err(self.ended())),
                 }
             }
-            let slot = ready!(self.lane.poll_turn(cx, wanted));
+            let Poll::Ready(slot) = self.lane.poll_turn(cx, wanted) else {
+                return self.poll_reset(cx).map(Err);
+            };
             // The window may have shrunk while this flow waited.
             let size = wanted.min(self.stream.capacity());
             if size == 0 {
@@ -170,6 +173,16 @@ impl FlowSender {
                     .send_data(frame, end)
                     .map_err(|error| self.cause(error)),
             );
+        }
+    }
+
+    /// Whoever waited for a reset is here now. h2 would wake that task for the window that it is about to reserve, and tokio
+    /// another thread to run it: a futex call for every frame of a quiet connection.
+    fn wake_nobody(&mut self) -> Result<(), FlowError> {
+        let mut nobody = Context::from_waker(futures::task::noop_waker_ref());
+        match self.poll_reset(&mut nobody) {
+            Poll::Ready(error) => Err(error),
+            Poll::Pending => Ok(()),
         }
     }
 
