@@ -15,10 +15,12 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{Sink, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message};
@@ -62,8 +64,8 @@ const READ_SIZE: usize = 16 * 1024;
 /// The data of one forwarded port.
 ///
 /// Written bytes are gathered to messages of about 64 KiB, because API servers and kubelets pay by the message. They leave
-/// when full or when flushed; a first flush of a message that is not full is put off until this stream is polled again,
-/// which its task is asked to do at once, so that two frames of one turn share a message.
+/// when full or when flushed. Where messages are close together, a first flush of one that is not full is put off until
+/// this stream is polled again, which its task is asked to do at once, so that two frames of one turn share a message.
 pub struct PortForwardStream<S> {
     ws: WebSocketStream<S>,
     framing: Framing,
@@ -75,6 +77,8 @@ pub struct PortForwardStream<S> {
     unflushed: bool,
     /// A flush was asked for and put off.
     put_off: bool,
+    /// When a message was last given to the WebSocket.
+    handed_over: Option<Instant>,
 }
 
 /// Why a carrier cannot go on.
@@ -112,6 +116,10 @@ impl From<PortForwardError> for io::Error {
 
 /// Largest payload of a message we send: two full frames and what TLS adds. Beyond this the API server gets no faster.
 const SENT_MAX: usize = 65 * 1024;
+
+/// Messages that follow each other within this time are part of a stream of them. Less than the round trip of a
+/// port-forward on one machine.
+const CLOSE_TOGETHER: Duration = Duration::from_micros(200);
 
 /// Bytes of an error text that are kept.
 const ERROR_TEXT_MAX: usize = 1024;
@@ -191,6 +199,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> PortForwardStream<S> {
             gathered: BytesMut::new(),
             unflushed: false,
             put_off: false,
+            handed_over: None,
         };
         poll_fn(|cx| stream.poll_flush_now(cx)).await?;
         while !stream.framing.is_open() {
@@ -255,7 +264,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> PortForwardStream<S> {
             .start_send(Message::Binary(message))
             .map_err(io_error)?;
         self.unflushed = true;
+        self.handed_over = Some(Instant::now());
         Poll::Ready(Ok(()))
+    }
+
+    /// Whether more may come that can share a message with what is gathered. A question that waits for its answer comes
+    /// alone, and to put it off costs it a turn of the scheduler.
+    fn is_busy(&self) -> bool {
+        self.handed_over
+            .is_some_and(|last| last.elapsed() < CLOSE_TOGETHER)
     }
 
     /// Bytes of the largest message.
@@ -349,7 +366,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for PortForwardStream<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let is_full = self.gathered.len() >= self.message_max();
-        if !self.gathered.is_empty() && !is_full && !self.put_off {
+        if !self.gathered.is_empty() && !is_full && !self.put_off && self.is_busy() {
             self.put_off = true;
             cx.waker().wake_by_ref();
             return Poll::Ready(Ok(()));

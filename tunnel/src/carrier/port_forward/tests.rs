@@ -1,6 +1,6 @@
 //! Against a WebSocket server in memory.
 
-use futures::{SinkExt, StreamExt};
+use futures::{FutureExt, SinkExt, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio_tungstenite::tungstenite::protocol::Role;
 
@@ -88,9 +88,33 @@ async fn a_blocked_writer_does_not_stop_the_reader() {
     drop(server.await.unwrap());
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
+async fn a_message_leaves_with_its_flush_unless_it_follows_another() {
+    let (mut stream, mut server) = pair(4096).await;
+    for wait in [Duration::ZERO, CLOSE_TOGETHER] {
+        tokio::time::advance(wait).await;
+        stream.write_all(b"question").await.unwrap();
+        stream.flush().await.unwrap();
+        let received = server.next().now_or_never().expect("it has left");
+        assert_eq!(received.unwrap().unwrap(), message(DATA, b"question"));
+    }
+
+    for part in [b"part", b"rest"] {
+        stream.write_all(part).await.unwrap();
+        assert!(server.next().now_or_never().is_none(), "it waits for more");
+        stream.flush().await.unwrap();
+    }
+    let received = server.next().now_or_never().expect("both have left");
+    assert_eq!(received.unwrap().unwrap(), message(DATA, b"partrest"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_flushed_message_leaves_while_its_writer_waits_for_the_answer() {
     let (mut stream, mut server) = pair(4096).await;
+    stream.write_all(b".").await.unwrap();
+    stream.flush().await.unwrap();
+    let received = server.next().await.unwrap();
+    assert_eq!(received.unwrap(), message(DATA, b"."));
     stream.write_all(&[7; 60_000]).await.unwrap();
     stream.flush().await.unwrap();
     let asking = tokio::spawn(async move { stream.read_u8().await });
