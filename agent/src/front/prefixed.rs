@@ -20,13 +20,14 @@ impl AsyncRead for Prefixed {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.early.is_empty() {
-            return Pin::new(&mut self.socket).poll_read(cx, buf);
+        if !self.early.is_empty() {
+            let size = self.early.len().min(buf.remaining());
+            buf.put_slice(&self.early[..size]);
+            self.early.advance(size);
+            return Poll::Ready(Ok(()));
         }
-        let size = self.early.len().min(buf.remaining());
-        buf.put_slice(&self.early[..size]);
-        self.early.advance(size);
-        Poll::Ready(Ok(()))
+        self.early = BytesMut::new();
+        Pin::new(&mut self.socket).poll_read(cx, buf)
     }
 }
 
