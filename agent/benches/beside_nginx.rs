@@ -106,7 +106,7 @@ impl Lab {
         wait_for(paths.direct)?;
         wait_for(paths.nginx)?;
         let (control, identity) = (free_address()?, Identity::generate());
-        let agent = Command::new(env!("CARGO_BIN_EXE_tp-agent"))
+        let agent = Command::new(program())
             .env("TP_AGENT_SEED", SEED)
             .env("TP_LOG", "warn")
             .arg("--control")
@@ -188,12 +188,9 @@ impl Lab {
             "  requests/s: agent / nginx {} (target >= 0.7)",
             spread(ratio)
         )?;
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         writeln!(
             text,
-            "C8 resident: {:.1} MiB idle, {:.1} MiB after the load (target <= 10)",
-            mib(idle),
-            mib(loaded)
+            "C8 resident: {idle} idle, {loaded} after the load (target <= 10)"
         )?;
         Ok(text)
     }
@@ -259,16 +256,40 @@ fn spread(values: impl Iterator<Item = f64>) -> String {
     }
 }
 
+/// Resident memory, in MiB.
+struct Resident {
+    /// What the process wrote.
+    own: f64,
+    /// Pages of the program's file, which all its processes of a node share.
+    program: f64,
+}
+
+impl std::fmt::Display for Resident {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { own, program } = self;
+        write!(
+            f,
+            "{:.1} MiB ({own:.1} its own, {program:.1} of the program)",
+            own + program
+        )
+    }
+}
+
 /// A child that is ended when this is dropped.
 struct Running(Child);
 
 impl Running {
-    /// Resident memory, in bytes.
-    fn resident(&self) -> anyhow::Result<u64> {
+    fn resident(&self) -> anyhow::Result<Resident> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.context("no VmRSS")?.trim().trim_end_matches(" kB");
-        Ok(kib.parse::<u64>()? << 10)
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let kib = line.with_context(|| format!("no {name}"))?;
+            anyhow::Ok(kib.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+        };
+        Ok(Resident {
+            own: field("RssAnon:")?,
+            program: field("RssFile:")?,
+        })
     }
 }
 
@@ -276,6 +297,14 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// The static program of the image where `TP_BIN_DIR` says that it was built, otherwise cargo's.
+fn program() -> std::path::PathBuf {
+    match std::env::var_os("TP_BIN_DIR") {
+        Some(folder) => Path::new(&folder).join("tp-agent"),
+        None => env!("CARGO_BIN_EXE_tp-agent").into(),
     }
 }
 
