@@ -107,11 +107,25 @@ impl Cluster {
     /// Replaces every pod of a Deployment, a StatefulSet or a DaemonSet, and waits until the new ones are ready.
     #[track_caller]
     pub fn roll(&self, namespace: &str, workload: &str) {
-        let rollout = |arguments: &[&str]| {
-            self.kubectl(&[&["-n", namespace, "rollout"], arguments].concat());
-        };
-        rollout(&["restart", workload]);
-        rollout(&["status", workload, "--timeout=120s"]);
+        self.kubectl(&["-n", namespace, "rollout", "restart", workload]);
+        self.wait_rolled_out(namespace, workload);
+    }
+
+    /// Waits until all pods of a workload are those that it asks for, and ready.
+    #[track_caller]
+    pub fn wait_rolled_out(&self, namespace: &str, workload: &str) {
+        let rollout = ["-n", namespace, "rollout", "status", workload];
+        self.kubectl(&[&rollout[..], &["--timeout=120s"]].concat());
+    }
+
+    /// The pods with this label that are to stay, as objects.
+    #[track_caller]
+    pub fn pods(&self, namespace: &str, label: &str) -> Vec<serde_json::Value> {
+        let text = self.kubectl(&["-n", namespace, "get", "pods", "-l", label, "-o", "json"]);
+        let list: serde_json::Value = serde_json::from_str(&text).expect("kubectl writes JSON");
+        let pods = list["items"].as_array().expect("a list").iter();
+        let staying = pods.filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        staying.cloned().collect()
     }
 
     /// Makes a namespace whose name begins with `prefix`; it goes when the value is dropped.

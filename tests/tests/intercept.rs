@@ -1,9 +1,8 @@
 //! Personal intercepts: requests that match reach the laptop, all others stay with the application.
 
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use tp_tests::{Cluster, Connection, Laptop, Namespace, User, eventually};
+use tp_tests::{Cluster, Connection, Laptop, Namespace, Program, User, eventually};
 
 /// Two replicas that answer `app`, and a container environment.
 const WEB: &str = r#"
@@ -55,36 +54,6 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(server.server_port, flush=True)
 server.serve_forever()
 "#;
-
-/// A program of the laptop. Dropping it ends it.
-struct Program {
-    child: Child,
-    port: String,
-}
-
-impl Program {
-    fn start(laptop: &Laptop, name: &str) -> Self {
-        use std::io::BufRead as _;
-        let mut command = laptop.command("python3", &["-c", PROGRAM, name]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("python3 starts");
-        let stdout = child.stdout.take().expect("stdout is a pipe");
-        let mut port = String::new();
-        let read = std::io::BufReader::new(stdout).read_line(&mut port);
-        assert!(read.is_ok_and(|len| len > 1), "python3 said no port");
-        Self {
-            child,
-            port: port.trim().to_owned(),
-        }
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn web(cluster: &Cluster) -> Namespace<'_> {
     let namespace = cluster.namespace("intercept");
@@ -151,7 +120,7 @@ fn matching_requests_reach_the_laptop_and_all_others_the_application() {
     };
     let namespace = web(&cluster);
     let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
-    let program = Program::start(&laptop, "laptop");
+    let program = Program::start(&laptop, PROGRAM, &["laptop"]);
     let tp = laptop.connect(&[]);
     assert_eq!(answerer(&tp, "x-user: ada"), "app");
 
@@ -233,7 +202,7 @@ fn without_a_flag_a_random_header_chooses_and_the_printed_line_works() {
     };
     let namespace = web(&cluster);
     let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
-    let program = Program::start(&laptop, "laptop");
+    let program = Program::start(&laptop, PROGRAM, &["laptop"]);
     let tp = laptop.connect(&[]);
 
     let arguments = ["intercept", "web", "-p", &program.port, "--output", "json"];
@@ -266,7 +235,7 @@ fn a_closed_local_port_lets_the_application_answer() {
     };
     let namespace = web(&cluster);
     let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
-    let program = Program::start(&laptop, "laptop");
+    let program = Program::start(&laptop, PROGRAM, &["laptop"]);
     let tp = laptop.connect(&[]);
     laptop.tp(&of_ada(&program)).ok();
     assert_eq!(answerer(&tp, "x-user: ada"), "laptop");
@@ -390,7 +359,7 @@ fn two_users_share_a_port_and_the_same_requests_belong_to_one() {
     let namespace = web(&cluster);
     let laptops =
         ["ada", "bob"].map(|name| Laptop::of(&cluster, &user(&cluster, name, &namespace)));
-    let programs = [0, 1].map(|n| Program::start(&laptops[n], ["ada", "bob"][n]));
+    let programs = [0, 1].map(|n| Program::start(&laptops[n], PROGRAM, &[["ada", "bob"][n]]));
     let connections = [laptops[0].connect(&[]), laptops[1].connect(&[])];
     for (laptop, (program, header)) in laptops
         .iter()
@@ -443,7 +412,7 @@ fn what_a_killed_daemon_left_behind_is_taken_over() {
     };
     let namespace = web(&cluster);
     let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
-    let program = Program::start(&laptop, "laptop");
+    let program = Program::start(&laptop, PROGRAM, &["laptop"]);
     let _tp = laptop.connect(&[]);
     laptop.tp(&of_ada(&program)).ok();
 

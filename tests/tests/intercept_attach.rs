@@ -42,36 +42,14 @@ fn web(cluster: &Cluster) -> Namespace<'_> {
     namespace.probe("image");
     namespace.apply(WEB);
     namespace.wait_ready("app=web");
-    rolled_out(cluster, &namespace);
+    cluster.wait_rolled_out(&namespace.name, "deploy/web");
     namespace
-}
-
-fn rolled_out(cluster: &Cluster, namespace: &Namespace<'_>) {
-    cluster.kubectl(&[
-        "-n",
-        &namespace.name,
-        "rollout",
-        "status",
-        "deploy/web",
-        "--timeout=60s",
-    ]);
 }
 
 /// Names and addresses of the running pods of `web` that are to stay.
 fn pods(cluster: &Cluster, namespace: &Namespace<'_>) -> Vec<(String, String)> {
-    let text = cluster.kubectl(&[
-        "-n",
-        &namespace.name,
-        "get",
-        "pods",
-        "-l",
-        "app=web",
-        "-o",
-        "json",
-    ]);
-    let list: Value = serde_json::from_str(&text).expect("kubectl writes JSON");
-    let pods = list["items"].as_array().expect("a list").iter();
-    pods.filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
+    let staying = cluster.pods(&namespace.name, "app=web").into_iter();
+    staying
         .filter(|pod| pod["status"]["phase"] == "Running")
         .map(|pod| {
             let text = |value: &Value| value.as_str().expect("a text").to_owned();
@@ -136,8 +114,7 @@ fn my_requests_reach_the_workstation_on_every_pod_also_after_a_rollout_and_a_sca
     assert_eq!(spec(), before, "the Deployment is as it was");
 
     cluster.kubectl(&["-n", &namespace.name, "scale", "deploy/web", "--replicas=3"]);
-    cluster.kubectl(&["-n", &namespace.name, "rollout", "restart", "deploy/web"]);
-    rolled_out(&cluster, &namespace);
+    cluster.roll(&namespace.name, "deploy/web");
     let (after, _) = eventually("three new pods", Duration::from_secs(30), || {
         let after = pods(&cluster, &namespace);
         let all_new = after.iter().all(|pod| !first.contains(pod));

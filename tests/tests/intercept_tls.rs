@@ -1,10 +1,8 @@
 //! Requests inside of TLS: opened with a Secret that the user may read, and with no other.
 
-use std::io::BufRead as _;
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use tp_tests::{Cluster, Connection, Laptop, Namespace, User, eventually};
+use tp_tests::{Cluster, Connection, Laptop, Namespace, Program, User, eventually};
 
 /// Two replicas of nginx with TLS, HTTP/1.1 and HTTP/2, whose certificate is in the Secret `web-tls`.
 const WEB: &str = r#"
@@ -71,33 +69,6 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 print(server.server_port, flush=True)
 server.serve_forever()
 "#;
-
-/// A program of the laptop. Dropping it ends it.
-struct Program {
-    child: Child,
-    port: String,
-}
-
-impl Program {
-    fn start(laptop: &Laptop) -> Self {
-        let mut command = laptop.command("python3", &["-c", PROGRAM]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("python3 starts");
-        let stdout = child.stdout.take().expect("stdout is a pipe");
-        let mut port = String::new();
-        let read = std::io::BufReader::new(stdout).read_line(&mut port);
-        assert!(read.is_ok_and(|len| len > 1), "python3 said no port");
-        let port = port.trim().to_owned();
-        Self { child, port }
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// The namespace with its Secrets and the application, and the certificate that clients trust.
 struct Web<'a> {
@@ -188,7 +159,7 @@ fn matching_requests_inside_of_tls_reach_the_laptop_and_all_others_the_applicati
     let web = Web::start(&cluster);
     let laptop = Laptop::of(&cluster, &web.user(&cluster, true));
     laptop.write_file("home/web.crt", &web.certificate);
-    let program = Program::start(&laptop);
+    let program = Program::start(&laptop, PROGRAM, &[]);
     let tp = laptop.connect(&[]);
     assert_eq!(answer(&tp, "x-user: ada", &[]), "app HTTP/2.0 web\n");
 
@@ -248,7 +219,7 @@ fn what_is_wrong_with_the_secret_is_named_at_once() {
     let namespace = &web.namespace;
     let user = web.user(&cluster, false);
     let laptop = Laptop::of(&cluster, &user);
-    let program = Program::start(&laptop);
+    let program = Program::start(&laptop, PROGRAM, &[]);
     let _tp = laptop.connect(&[]);
     // Another certificate than the application's, one that is over, and one with the key of another.
     let (other, other_key) = pair(&namespace.name, 2040);
@@ -298,15 +269,12 @@ fn after_a_restart_of_the_manager_the_key_is_handed_over_again() {
     let web = Web::start(&cluster);
     let laptop = Laptop::of(&cluster, &web.user(&cluster, true));
     laptop.write_file("home/web.crt", &web.certificate);
-    let program = Program::start(&laptop);
+    let program = Program::start(&laptop, PROGRAM, &[]);
     let tp = laptop.connect(&[]);
     laptop.tp(&with_secret(&program, "web-tls")).ok();
     assert_eq!(answer(&tp, "x-user: ada", &["--http1.1"]), "laptop https\n");
 
-    let manager = ["-n", "tp-system", "rollout"];
-    cluster.kubectl(&[&manager[..], &["restart", "deploy/tp-manager"]].concat());
-    let done = ["status", "deploy/tp-manager", "--timeout=120s"];
-    cluster.kubectl(&[&manager[..], &done].concat());
+    cluster.roll("tp-system", "deploy/tp-manager");
 
     eventually("the laptop answers again", Duration::from_secs(20), || {
         let arguments = [

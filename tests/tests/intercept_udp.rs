@@ -1,11 +1,9 @@
 //! UDP of a workload by an intercept that takes everything: datagrams reach the laptop, answers come back to whoever asked.
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use tp_tests::process::LIMIT;
-use tp_tests::{Cluster, Connection, Laptop, User, eventually};
+use tp_tests::{Cluster, Connection, Laptop, Program, User, eventually};
 
 /// A program of the laptop that answers each datagram with its name before it; a question of DNS it answers as one.
 const PROGRAM: &str = r#"
@@ -31,33 +29,6 @@ try: print(client.recv(65535).decode())
 except TimeoutError: print("silence")
 "#;
 
-/// A program of the laptop. Dropping it ends it.
-struct Program {
-    child: Child,
-    port: String,
-}
-
-impl Program {
-    fn start(laptop: &Laptop) -> Self {
-        let mut command = laptop.command("python3", &["-c", PROGRAM]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("python3 starts");
-        let stdout = child.stdout.take().expect("stdout is a pipe");
-        let mut port = String::new();
-        let read = BufReader::new(stdout).read_line(&mut port);
-        assert!(read.is_ok_and(|len| len > 1), "python3 said no port");
-        let port = port.trim().to_owned();
-        Self { child, port }
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// What is answered to a datagram to port 7 of the Service, by a client whose port is new to it.
 fn answer(tp: &Connection<'_>, text: &str, patience: &str) -> String {
     let mut forward = tp.spawn_probe(&["udp-forward", "PROXY", "127.0.0.1:0", "web", "7"]);
@@ -82,7 +53,7 @@ fn datagrams_reach_the_laptop_and_the_application_when_nobody_is_there() {
     let user = User::of_namespace(&cluster, "ada", &namespace);
     user.grant(&cluster, &namespace.name, "tp-intercept");
     let laptop = Laptop::of(&cluster, &user);
-    let program = Program::start(&laptop);
+    let program = Program::start(&laptop, PROGRAM, &[]);
     let tp = laptop.connect(&[]);
     assert_eq!(answer(&tp, "x", "5"), "x");
     let port = format!("{}:7/udp", program.port);

@@ -156,17 +156,8 @@ fn a_rolling_restart_of_the_manager_loses_no_new_request() {
     let laptop = Laptop::of(&cluster, &User::of_namespace(&cluster, "ada", &namespace));
     let tp = laptop.connect(&[]);
 
-    cluster.kubectl(&["-n", "tp-system", "rollout", "restart", "deploy/tp-manager"]);
-    let rollout = [
-        "-n",
-        "tp-system",
-        "rollout",
-        "status",
-        "deploy/tp-manager",
-        "--timeout=120s",
-    ];
     let requests = std::thread::scope(|scope| {
-        let rollout = scope.spawn(|| cluster.kubectl(&rollout));
+        let rollout = scope.spawn(|| cluster.roll("tp-system", "deploy/tp-manager"));
         let mut requests = 0;
         while !rollout.is_finished() || requests < 20 {
             let run = tp.curl(&["--max-time", "10", "http://web/"]);

@@ -60,34 +60,12 @@ fn web<'a>(cluster: &'a Cluster, level: &str, labelled: bool) -> Namespace<'a> {
 
 /// The cluster with the webhook's pods ready.
 fn with_webhook(cluster: &Cluster) {
-    let rollout = [
-        "-n",
-        "tp-system",
-        "rollout",
-        "status",
-        "deploy/tp-webhook",
-        "--timeout=60s",
-    ];
-    cluster.kubectl(&rollout);
+    cluster.wait_rolled_out("tp-system", "deploy/tp-webhook");
 }
 
 /// The pods of `web` that stay, as objects.
 fn pods(cluster: &Cluster, namespace: &Namespace<'_>) -> Vec<Value> {
-    let arguments = [
-        "-n",
-        &namespace.name,
-        "get",
-        "pods",
-        "-l",
-        "app=web",
-        "-o",
-        "json",
-    ];
-    let list: Value =
-        serde_json::from_str(&cluster.kubectl(&arguments)).expect("kubectl writes JSON");
-    let pods = list["items"].as_array().expect("a list").iter();
-    let staying = pods.filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
-    staying.cloned().collect()
+    cluster.pods(&namespace.name, "app=web")
 }
 
 /// Waits until the Service leads to none of these pods any more. A rollout ends before the node's packet rules have heard of

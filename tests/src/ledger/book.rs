@@ -71,14 +71,7 @@ impl Book {
             .replace("$NAME", name)
             .replace("$FOLDER", &folder);
         namespace.apply(&manifest.replace("$REPLICAS", &replicas.to_string()));
-        cluster.kubectl(&[
-            "-n",
-            &namespace.name,
-            "rollout",
-            "status",
-            &format!("deployment/{name}"),
-            "--timeout=120s",
-        ]);
+        cluster.wait_rolled_out(&namespace.name, &format!("deployment/{name}"));
         namespace.wait_service(name, 80);
     }
 
