@@ -73,7 +73,7 @@ impl Redirect {
             batch.message(message::NEWCHAIN, inbound_chain);
             batch.message(message::NEWSET, live_set);
             batch.message(message::NEWSET, live_map);
-            batch.message(message::NEWRULE, |attributes| rule(attributes, to));
+            batch.message(message::NEWRULE, |attributes| tcp_rule(attributes, to));
             batch.message(message::NEWRULE, udp_rule);
         })?;
         Ok(redirect)
@@ -193,8 +193,8 @@ fn elements(attributes: &mut Attributes<'_>, set: &str, ports: &[(u16, Option<u1
     });
 }
 
-/// `NFTA_RULE_*`: tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :`to`.
-fn rule(attributes: &mut Attributes<'_>, to: u16) {
+/// `NFTA_RULE_*`: packets of one protocol that pass `matches` go to the port that it leaves in the register.
+fn rule(attributes: &mut Attributes<'_>, protocol: u8, matches: impl FnOnce(&mut Attributes<'_>)) {
     attributes.text(1, TABLE);
     attributes.text(2, CHAIN);
     attributes.nested(4, |list| {
@@ -202,7 +202,19 @@ fn rule(attributes: &mut Attributes<'_>, to: u16) {
             meta.number(1, REGISTER);
             meta.number(2, 16); // NFT_META_L4PROTO
         });
-        equal(list, 6); // IPPROTO_TCP
+        equal(list, protocol);
+        matches(list);
+        expression(list, "redir", |redir| {
+            redir.number(1, REGISTER);
+            redir.number(3, 2); // NF_NAT_RANGE_PROTO_SPECIFIED
+        });
+    });
+}
+
+/// tcp flags syn / fin,syn,rst,ack tcp dport @live redirect to :`to`.
+fn tcp_rule(attributes: &mut Attributes<'_>, to: u16) {
+    const IPPROTO_TCP: u8 = 6;
+    rule(attributes, IPPROTO_TCP, |list| {
         // Of the flags' byte FIN, SYN, RST and ACK, of which only SYN is set.
         transport(list, 13, 1);
         expression(list, "bitwise", |bitwise| {
@@ -213,8 +225,7 @@ fn rule(attributes: &mut Attributes<'_>, to: u16) {
             bitwise.nested(5, |xor| xor.bytes(1, &[0]));
         });
         equal(list, 0x02);
-        // The destination port.
-        transport(list, 2, 2);
+        destination_port(list);
         expression(list, "lookup", |lookup| {
             lookup.text(1, SET);
             lookup.number(2, REGISTER);
@@ -224,41 +235,29 @@ fn rule(attributes: &mut Attributes<'_>, to: u16) {
             immediate.number(1, REGISTER);
             immediate.nested(2, |data| data.bytes(1, &to.to_be_bytes()));
         });
-        redirect_to_register(list);
     });
 }
 
 /// redirect to :udp dport map @live-udp
 fn udp_rule(attributes: &mut Attributes<'_>) {
-    attributes.text(1, TABLE);
-    attributes.text(2, CHAIN);
-    attributes.nested(4, |list| {
-        expression(list, "meta", |meta| {
-            meta.number(1, REGISTER);
-            meta.number(2, 16); // NFT_META_L4PROTO
-        });
-        equal(list, 17); // IPPROTO_UDP
-        // The destination port is where TCP has it.
-        transport(list, 2, 2);
+    const IPPROTO_UDP: u8 = 17;
+    rule(attributes, IPPROTO_UDP, |list| {
+        destination_port(list);
         expression(list, "lookup", |lookup| {
             lookup.text(1, MAP);
             lookup.number(2, REGISTER);
             lookup.number(3, REGISTER); // where it leads
             lookup.number(4, 2);
         });
-        redirect_to_register(list);
     });
+}
+
+/// TCP and UDP have it in the same place.
+fn destination_port(list: &mut Attributes<'_>) {
+    transport(list, 2, 2);
 }
 
 const REGISTER: u32 = 1;
-
-/// To the port in the register.
-fn redirect_to_register(list: &mut Attributes<'_>) {
-    expression(list, "redir", |redir| {
-        redir.number(1, REGISTER);
-        redir.number(3, 2); // NF_NAT_RANGE_PROTO_SPECIFIED
-    });
-}
 
 /// Loads bytes of the TCP or UDP header.
 fn transport(list: &mut Attributes<'_>, offset: u32, size: u32) {

@@ -55,12 +55,8 @@ pub fn session_policy() -> ValidatingAdmissionPolicy {
             { "name": "owners", "expression": OWNERS },
         ]),
         json!([
-            rule("Forbidden", IS_WRITER, WRITER_IS_USER),
-            rule(
-                "Forbidden",
-                KEEPS_USER,
-                "spec.user is the owner and cannot change"
-            ),
+            is_writers(),
+            keeps_its_user(),
             rule("Invalid", KEEPS_KEY, "spec.keyHash cannot change"),
             rule(
                 "Invalid",
@@ -91,18 +87,26 @@ pub fn intercept_policy() -> ValidatingAdmissionPolicy {
             { "name": "writes", "expression": WRITES },
         ]),
         json!([
-            rule("Forbidden", IS_WRITER, WRITER_IS_USER),
-            rule(
-                "Forbidden",
-                KEEPS_USER,
-                "spec.user is the owner and cannot change"
-            ),
+            is_writers(),
+            keeps_its_user(),
             rule(
                 "Forbidden",
                 &may_delete(INTERCEPTS),
                 "only its user may delete an Intercept, or who may `delete` `intercepts/others`"
             ),
         ]),
+    )
+}
+
+fn is_writers() -> serde_json::Value {
+    rule("Forbidden", IS_WRITER, WRITER_IS_USER)
+}
+
+fn keeps_its_user() -> serde_json::Value {
+    rule(
+        "Forbidden",
+        KEEPS_USER,
+        "spec.user is the owner and cannot change",
     )
 }
 
