@@ -25,9 +25,10 @@ use crate::intercept::flags::MatcherFlags;
 use crate::intercept::missing::MissingFlags;
 use crate::intercept::ports::{PortFlag, Target};
 use crate::intercept::sidecar;
+use crate::intercept::summary;
 use crate::intercept::workload::{self, Found};
 use crate::kubeconfig::Cluster;
-use crate::report::{self, Failure, OrFail, Output, escaped};
+use crate::report::{self, Failure, OrFail, Output};
 
 /// Send requests to a workload that match to this workstation; everybody else's stay with the application
 ///
@@ -492,7 +493,7 @@ fn say(
     if !args.writes_to_stdout() {
         let to_pod = &plan.wanted.to_pod;
         output.print(&made, || {
-            told(&made.intercepts, made.curl.as_deref(), to_pod)
+            summary::told(&made.intercepts, made.curl.as_deref(), to_pod)
         })?;
     }
     Ok(())
@@ -511,7 +512,7 @@ impl Args {
 /// On stderr: stdout is the command's.
 fn tell(plan: &Plan, statuses: &[InterceptStatus]) {
     warn(plan, statuses);
-    for line in told(statuses, plan.curl.as_deref(), &plan.wanted.to_pod).lines() {
+    for line in summary::told(statuses, plan.curl.as_deref(), &plan.wanted.to_pod).lines() {
         report::note_line(line);
     }
 }
@@ -534,63 +535,8 @@ fn warn(plan: &Plan, statuses: &[InterceptStatus]) {
     }
 }
 
-fn told(statuses: &[InterceptStatus], curl: Option<&[String]>, to_pod: &[u16]) -> String {
-    let mut text = String::new();
-    for status in statuses {
-        let by = match &status.service {
-            Some(service) => format!(" (Service {service})"),
-            None => String::new(),
-        };
-        let pods = report::counted(status.pods_attached, "pod");
-        text += &escaped(&format!(
-            "{}: port {}{} of {}{by} in {pods} leads to {}",
-            status.name,
-            status.port,
-            if status.protocol == Protocol::Udp {
-                "/udp"
-            } else {
-                ""
-            },
-            status.workload,
-            status.local
-        ));
-        text.push('\n');
-    }
-    let matchers = statuses
-        .first()
-        .map(|status| status.matchers.as_slice())
-        .unwrap_or_default();
-    for (n, matcher) in matchers.iter().enumerate() {
-        let name = if n == 0 { "requests" } else { "and" };
-        text += &format!("  {name:<9} {}\n", escaped(&matcher.to_string()));
-    }
-    if let Some(secret) = statuses
-        .iter()
-        .find_map(|status| status.tls_secret.as_ref())
-    {
-        text += &format!("  {:<9} opened with Secret {}\n", "TLS", escaped(secret));
-    }
-    for port in to_pod {
-        text += &format!(
-            "  {:<9} localhost:{port} leads to port {port} of a pod\n",
-            "to pod"
-        );
-    }
-    if let Some(curl) = curl {
-        let words: Vec<String> = ["tp".to_owned(), "curl".to_owned()]
-            .into_iter()
-            .chain(curl.iter().cloned())
-            .collect();
-        text += &format!("  {:<9} {}\n", "try", escaped(&example::shell_line(&words)));
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
-    use tp_manager_api::Matcher;
-    use tp_manager_api::matcher::{NamedText, Text};
-
     use super::*;
 
     fn parse(line: &str) -> Result<Args, clap::Error> {
@@ -620,32 +566,5 @@ mod tests {
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn what_was_made_is_told_with_a_line_to_try_it() {
-        let status = InterceptStatus {
-            name: "web".into(),
-            workload: "deployment/web".into(),
-            port: 8080,
-            service: Some("web".into()),
-            local: "localhost:3000".into(),
-            pods_attached: 2,
-            matchers: vec![Matcher::Header(NamedText {
-                name: "x-user".into(),
-                value: Text {
-                    exact: Some("ada".into()),
-                    ..Text::default()
-                },
-            })],
-            ..InterceptStatus::default()
-        };
-        let curl = ["-H", "x-user: ada", "http://web.shop/"].map(str::to_owned);
-
-        assert_eq!(
-            told(&[status], Some(&curl), &[9000]),
-            "web: port 8080 of deployment/web (Service web) in 2 pods leads to localhost:3000\n  \
-             requests  header x-user = ada\n  to pod    localhost:9000 leads to port 9000 of a pod\n  try       tp curl -H 'x-user: ada' http://web.shop/\n"
-        );
     }
 }

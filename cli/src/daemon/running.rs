@@ -3,41 +3,36 @@
 //! Puts the parts together: name, control socket, proxy, session or temporary manager, supervisor. Undoes all of it in
 //! the reverse order, also when the start fails half-way, so that nothing half-made stays behind in the cluster.
 
-use std::net::SocketAddr;
+mod answers;
+
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bytes::Bytes;
-use futures::future::BoxFuture;
-use http::Method;
 use jiff::Timestamp;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tp_manager_api::HEALTH_PATH;
 use tp_tunnel::Tunnel;
+
+use answers::{Respondent, lender};
 
 use super::access::Access;
 use super::connection::Phase;
-use super::control::{self, Reply, Request};
+use super::control;
 use super::folder::{self, Claim, NotClaimed};
 use super::intercepts::Intercepts;
-use super::login::Login;
 use super::parameters::{Parameters, Way};
 use super::screen::Screen;
 use super::services::{self, Known};
-use super::status::{CarrierStatus, ConnectionStatus, ManagerStatus, ProbeStatus, State};
+use super::status::ConnectionStatus;
 use super::supervisor::{Facts, Supervisor};
-use super::{asked, environment, inbound, listen, log, peers, secrets, sightings};
+use super::{environment, inbound, listen, log, peers, secrets};
 use crate::huge_pages;
-use crate::proxy::{self, Counters, split::Split, split::UserRules};
+use crate::proxy::{self, split::Split, split::UserRules};
 use crate::report::{Failure, OrFail};
-
-/// How long the end-to-end probe may take.
-const PROBE_WITHIN: Duration = Duration::from_secs(2);
 
 /// How long open flows may take to notice that the connection ends.
 const FLOWS_END_WITHIN: Duration = Duration::from_millis(500);
@@ -67,7 +62,12 @@ pub enum Started {
 pub struct Running {
     claim: Claim,
     access: Access,
-    shared: Arc<Shared>,
+    parts: Parts,
+}
+
+/// What runs while it is up.
+struct Parts {
+    respondent: Arc<Respondent>,
     supervisor: JoinHandle<Result<(), Failure>>,
     proxy: JoinHandle<()>,
     control: JoinHandle<()>,
@@ -76,29 +76,6 @@ pub struct Running {
     /// Follows the Services for the supervisor.
     _services: Option<AbortOnDropHandle<()>>,
     stop: CancellationToken,
-}
-
-/// What requests on the control socket are answered from.
-struct Shared {
-    name: String,
-    namespace: String,
-    context: Option<String>,
-    server: Option<String>,
-    manager_namespace: Option<String>,
-    digest: String,
-    since: Timestamp,
-    address: SocketAddr,
-    variables: Vec<(String, String)>,
-    warnings: Vec<String>,
-    log: std::path::PathBuf,
-    lease: Option<Arc<super::session::SessionLease>>,
-    login: Option<Login>,
-    intercepts: Option<Arc<Intercepts>>,
-    counters: Arc<Counters>,
-    facts_rx: watch::Receiver<Facts>,
-    upstream: proxy::Upstream,
-    /// Somebody wants it to end.
-    quit: CancellationToken,
 }
 
 /// Starts a connection and returns when its first carrier is up. `stop` gives up; what was made is undone.
@@ -130,48 +107,16 @@ pub async fn start(
     huge_pages::refuse();
     let started = assemble(&parameters, rules, &mut access, &claim, digest, stop).await;
     match started {
-        Ok(parts) => Ok(Started::Up(parts.into_running(claim, access))),
+        Ok(parts) => Ok(Started::Up(Running {
+            claim,
+            access,
+            parts,
+        })),
         Err(failure) => {
             tracing::error!(error = failure.one_line(), "not connected");
             access.end().await;
             claim.release();
             Err(failure)
-        }
-    }
-}
-
-struct Parts {
-    shared: Arc<Shared>,
-    supervisor: JoinHandle<Result<(), Failure>>,
-    proxy: JoinHandle<()>,
-    control: JoinHandle<()>,
-    inbound: Option<AbortOnDropHandle<()>>,
-    /// Follows the Services for the supervisor.
-    services: Option<AbortOnDropHandle<()>>,
-    stop: CancellationToken,
-}
-
-impl Parts {
-    fn into_running(self, claim: Claim, access: Access) -> Running {
-        let Self {
-            shared,
-            supervisor,
-            proxy,
-            control,
-            inbound,
-            services,
-            stop,
-        } = self;
-        Running {
-            claim,
-            access,
-            shared,
-            supervisor,
-            proxy,
-            control,
-            inbound,
-            _services: services,
-            stop,
         }
     }
 }
@@ -202,7 +147,7 @@ async fn assemble(
     };
     let credentials = parameters.credentials.as_ref();
     let intercepts = intercepts_of(access, &upstream).map(Arc::new);
-    let shared = Arc::new(Shared {
+    let respondent = Arc::new(Respondent {
         name: claim.name.clone(),
         namespace: access.namespace().to_owned(),
         context: access.cluster().map(|cluster| cluster.context),
@@ -223,10 +168,10 @@ async fn assemble(
         quit: quit.clone(),
     });
     let stop = CancellationToken::new();
-    let answering = Arc::clone(&shared);
+    let answering = Arc::clone(&respondent);
     let answer = move |request| {
-        let shared = Arc::clone(&answering);
-        async move { shared.answer(request).await }
+        let respondent = Arc::clone(&answering);
+        async move { respondent.answer(request).await }
     };
     let lend = lender(upstream.clone(), intercepts.clone(), stop.clone());
     let control = tokio::spawn(control::serve(control_listener, stop.clone(), answer, lend));
@@ -266,16 +211,16 @@ async fn assemble(
         bound.listeners,
         options,
         upstream,
-        Arc::clone(&shared.counters),
+        Arc::clone(&respondent.counters),
         stop.clone().cancelled_owned(),
     ));
     Ok(Parts {
-        shared,
+        respondent,
         supervisor,
         proxy,
         control,
         inbound,
-        services,
+        _services: services,
         stop,
     })
 }
@@ -321,28 +266,28 @@ fn services_of(
 impl Running {
     /// What can be said of it now, after a probe.
     pub async fn status(&self) -> ConnectionStatus {
-        self.shared.status().await
+        self.parts.respondent.status().await
     }
 
     /// The variables that make a program use it.
     pub fn variables(&self) -> &[(String, String)] {
-        &self.shared.variables
+        &self.parts.respondent.variables
     }
 
     /// What else may use it: the tunnel, and what goes there.
     pub fn upstream(&self) -> proxy::Upstream {
-        self.shared.upstream.clone()
+        self.parts.respondent.upstream.clone()
     }
 
     /// Waits until it ends by itself, and says why. Cancel safe.
     pub async fn ended(&mut self) -> Failure {
         tokio::select! {
-            ended = &mut self.supervisor => match ended {
+            ended = &mut self.parts.supervisor => match ended {
                 Ok(Err(failure)) => failure,
                 Ok(Ok(())) => Failure::new("the connection was ended"),
                 Err(panic) => Failure::new("the connection broke down").because(panic.to_string()),
             },
-            broken = &mut self.proxy => {
+            broken = &mut self.parts.proxy => {
                 let why = broken.err().map_or_else(|| "it returned".to_owned(), |panic| panic.to_string());
                 Failure::new("the proxy broke down").because(why)
             }
@@ -364,187 +309,32 @@ impl Running {
         self.wind_up().await.release_program(well);
     }
 
-    async fn wind_up(mut self) -> Claim {
+    async fn wind_up(self) -> Claim {
+        let Self {
+            claim,
+            mut access,
+            mut parts,
+        } = self;
         // First, so that the applications answer while everything else ends.
-        self.shared.leave_all().await;
-        self.stop.cancel();
-        if !self.proxy.is_finished() {
-            let drained = tokio::time::timeout(FLOWS_END_WITHIN, &mut self.proxy).await;
+        parts.respondent.leave_all().await;
+        parts.stop.cancel();
+        if !parts.proxy.is_finished() {
+            let drained = tokio::time::timeout(FLOWS_END_WITHIN, &mut parts.proxy).await;
             if drained.is_err() {
-                self.proxy.abort();
+                parts.proxy.abort();
             }
         }
-        if !self.supervisor.is_finished() {
-            let _ = (&mut self.supervisor).await;
+        if !parts.supervisor.is_finished() {
+            let _ = (&mut parts.supervisor).await;
         }
-        self.inbound = None;
+        parts.inbound = None;
         // A command may have been asking for another intercept meanwhile.
-        let _ = self.control.await;
-        self.shared.leave_all().await;
-        self.access.end().await;
+        let _ = parts.control.await;
+        parts.respondent.leave_all().await;
+        access.end().await;
         tracing::info!("ended");
-        self.claim
+        claim
     }
-}
-
-impl Shared {
-    async fn answer(&self, request: Request) -> Reply {
-        match request {
-            Request::Status => Reply::Status {
-                connection: Box::new(self.status().await),
-                digest: self.digest.clone(),
-            },
-            Request::Env => Reply::Env {
-                variables: self.variables.clone(),
-            },
-            Request::Run => {
-                let split = self.upstream.split.borrow();
-                Reply::Run {
-                    namespace: split.view().namespace.clone(),
-                    domain: split.view().domain.clone(),
-                }
-            }
-            Request::Quit => {
-                self.quit.cancel();
-                Reply::Ending
-            }
-            Request::Login => match &self.login {
-                Some(login) => Reply::Login {
-                    selectors: Box::new(login.selectors().clone()),
-                    namespace: self.namespace.clone(),
-                },
-                None => Reply::Failed(Failure::new(
-                    "this connection leads to a manager without Kubernetes",
-                )),
-            },
-            Request::Intercept(_) => match &self.intercepts {
-                Some(_) => Reply::Intercepting,
-                None => Reply::Failed(no_intercepts()),
-            },
-            Request::Leave { name } => match &self.intercepts {
-                Some(intercepts) => match intercepts.leave(&name).await {
-                    Ok(found) => Reply::Left { found },
-                    Err(failure) => Reply::Failed(failure),
-                },
-                None => Reply::Left { found: false },
-            },
-            Request::Watch { name } => {
-                let intercepts = self.intercepts.as_ref();
-                match intercepts.and_then(|intercepts| intercepts.sightings(&name)) {
-                    Some(_) => Reply::Watching,
-                    None => {
-                        Reply::Failed(Failure::new(format!("there is no intercept named {name}")))
-                    }
-                }
-            }
-        }
-    }
-
-    async fn leave_all(&self) {
-        if let Some(intercepts) = &self.intercepts {
-            intercepts.leave_all().await;
-        }
-    }
-
-    async fn status(&self) -> ConnectionStatus {
-        let tunnel = self.upstream.tunnel.borrow().clone();
-        let probe = match &tunnel {
-            Some(tunnel) => probe(tunnel).await,
-            None => ProbeStatus::default(),
-        };
-        let facts = self.facts_rx.borrow().clone();
-        let traffic = tunnel.as_ref().map(Tunnel::traffic).unwrap_or_default();
-        let round_trip = tunnel
-            .as_ref()
-            .and_then(Tunnel::round_trip)
-            .map(milliseconds);
-        let carrier = facts.carrier.map(|carrier| CarrierStatus {
-            kind: carrier.kind,
-            peer: carrier.peer,
-            round_trip_ms: round_trip,
-            up_since: carrier.up_since,
-        });
-        ConnectionStatus {
-            name: self.name.clone(),
-            namespace: if self.namespace.is_empty() {
-                facts.namespace
-            } else {
-                self.namespace.clone()
-            },
-            state: state(facts.phase, &probe, self.quit.is_cancelled()),
-            mode: "proxy".to_owned(),
-            context: self.context.clone(),
-            server: self.server.clone(),
-            manager: facts.manager.map(|manager| ManagerStatus {
-                name: manager.name,
-                version: manager.version,
-                namespace: self.manager_namespace.clone(),
-            }),
-            proxy: environment::shown(self.address),
-            carriers: carrier.into_iter().collect(),
-            probe,
-            flows: self.counters.snapshot().flows_open,
-            bytes_up: facts.carried.0 + traffic.bytes_up,
-            bytes_down: facts.carried.1 + traffic.bytes_down,
-            last_cut: facts.last_cut,
-            since: self.since,
-            session: self.lease.as_ref().and_then(|lease| lease.status()),
-            intercepts: self
-                .intercepts
-                .as_ref()
-                .map(|intercepts| intercepts.statuses())
-                .unwrap_or_default(),
-            warnings: self
-                .warnings
-                .iter()
-                .chain(&facts.overlaps)
-                .cloned()
-                .collect(),
-            error: facts.error.as_ref().map(Failure::one_line),
-            hint: facts.error.and_then(|failure| failure.hint),
-            log: self.log.clone(),
-            pid: std::process::id(),
-        }
-    }
-}
-
-/// Never "connected" from memory: only a probe that came back makes it so.
-fn state(phase: Phase, probe: &ProbeStatus, ending: bool) -> State {
-    match phase {
-        _ if ending => State::Ending,
-        Phase::Connecting => State::Connecting,
-        Phase::Connected { .. } if probe.ok => State::Connected,
-        Phase::Connected { .. } => State::Degraded,
-        Phase::Reconnecting { .. } => State::Reconnecting,
-        Phase::Ended => State::Ending,
-    }
-}
-
-async fn probe(tunnel: &Tunnel) -> ProbeStatus {
-    let begun = Instant::now();
-    let asked = tokio::time::timeout(
-        PROBE_WITHIN,
-        tunnel.control(Method::GET, HEALTH_PATH, Bytes::new()),
-    );
-    let error = match asked.await {
-        Ok(Ok(answer)) if answer.status().is_success() => None,
-        Ok(Ok(answer)) => Some(format!("the manager answered {}", answer.status())),
-        Ok(Err(error)) => {
-            let failure = Failure::new("the tunnel failed").caused_by(&error);
-            Some(failure.one_line())
-        }
-        Err(_) => Some(format!("no answer within {PROBE_WITHIN:?}")),
-    };
-    ProbeStatus {
-        ok: error.is_none(),
-        took_ms: Some(milliseconds(begun.elapsed())),
-        error,
-    }
-}
-
-/// With three decimals: enough for a loopback.
-fn milliseconds(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
 async fn first_carrier(
@@ -594,55 +384,6 @@ async fn already(name: &str, socket: &std::path::Path, digest: &str) -> Result<S
     )
 }
 
-fn no_intercepts() -> Failure {
-    Failure::new("this connection's manager has no intercepts")
-        .because("it was started for this connection, or knows no Kubernetes")
-        .hint("an administrator installs one with `tp install`")
-}
-
-/// What serves the commands that keep their socket.
-fn lender(
-    upstream: proxy::Upstream,
-    intercepts: Option<Arc<Intercepts>>,
-    stop: CancellationToken,
-) -> impl Fn(UnixStream, Request) -> BoxFuture<'static, ()> {
-    move |stream, request| match (request, &intercepts) {
-        (Request::Intercept(wanted), Some(intercepts)) => Box::pin(asked::serve(
-            stream,
-            *wanted,
-            Arc::clone(intercepts),
-            stop.clone(),
-        )),
-        (Request::Watch { name }, Some(intercepts)) => Box::pin(sightings::serve(
-            stream,
-            name,
-            Arc::clone(intercepts),
-            stop.clone(),
-        )),
-        (Request::Run, _) => lend_network(stream, upstream.clone(), stop.clone()),
-        (_, _) => Box::pin(std::future::ready(())),
-    }
-}
-
-#[cfg(target_os = "linux")]
-fn lend_network(
-    stream: UnixStream,
-    upstream: proxy::Upstream,
-    stop: CancellationToken,
-) -> BoxFuture<'static, ()> {
-    Box::pin(crate::run::lease::serve(stream, upstream, stop))
-}
-
-/// There is no `tp run` here to ask for it.
-#[cfg(not(target_os = "linux"))]
-fn lend_network(
-    _stream: UnixStream,
-    _upstream: proxy::Upstream,
-    _stop: CancellationToken,
-) -> BoxFuture<'static, ()> {
-    Box::pin(std::future::ready(()))
-}
-
 fn bind_control(claim: &Claim) -> Result<UnixListener, Failure> {
     let socket = claim.socket();
     let cannot = || format!("cannot make the control socket {}", socket.display());
@@ -674,34 +415,5 @@ fn raise_descriptor_limit() {
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         tracing::warn!(%error, "the limit of open files stays as it is");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_probe_that_came_back_makes_it_connected() {
-        let since = Instant::now();
-        let up = ProbeStatus {
-            ok: true,
-            ..ProbeStatus::default()
-        };
-        let down = ProbeStatus::default();
-        for (phase, probe, ending, expected) in [
-            (Phase::Connecting, &down, false, State::Connecting),
-            (Phase::Connected { since }, &up, false, State::Connected),
-            (Phase::Connected { since }, &down, false, State::Degraded),
-            (
-                Phase::Reconnecting { since, attempt: 3 },
-                &down,
-                false,
-                State::Reconnecting,
-            ),
-            (Phase::Connected { since }, &up, true, State::Ending),
-        ] {
-            assert_eq!(state(phase, probe, ending), expected);
-        }
     }
 }

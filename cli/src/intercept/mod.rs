@@ -11,4 +11,5 @@ pub mod missing;
 pub mod ports;
 pub mod request;
 pub mod sidecar;
+pub mod summary;
 pub mod workload;
