@@ -39,14 +39,15 @@ impl Pair {
     }
 }
 
-/// nginx that answers with its name and what it sees, and takes bodies. Dropping it ends it.
-struct Nginx {
+/// A server. Dropping it ends it.
+struct Running {
     address: SocketAddr,
     _folder: tempfile::TempDir,
     child: Child,
 }
 
-impl Nginx {
+/// nginx that answers with its name and what it sees, and takes bodies.
+impl Running {
     async fn start(name: &str, listen: &str, more: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().to_str().unwrap();
@@ -123,7 +124,7 @@ async fn give(agent: &Agent, pair: &Pair) {
 }
 
 /// The agent between both, whose intercept of Ada opens TLS with the pair.
-async fn opening(app: &Nginx, local: &Nginx, pair: &Pair) -> Agent {
+async fn opening(app: &Running, local: &Running, pair: &Pair) -> Agent {
     let agent = between(app.address, local.address).await;
     give(&agent, pair).await;
     agent.push(of_ada(pair)).await;
@@ -180,8 +181,8 @@ async fn requests_inside_of_tls_go_each_to_whom_they_belong() {
         ("http2", "", "HTTP/1.1", &["--http1.1"]),
         ("http2", "", "HTTP/1.1", &["--no-alpn"]),
     ] {
-        let app = Nginx::app(speaks, &pair, "").await;
-        let local = Nginx::local(plain).await;
+        let app = Running::app(speaks, &pair, "").await;
+        let local = Running::local(plain).await;
         let agent = opening(&app, &local, &pair).await;
         assert_eq!(findings(&agent).await.to_string(), WELL);
         let mut command = curl(&agent, &pair);
@@ -217,11 +218,11 @@ async fn requests_inside_of_tls_go_each_to_whom_they_belong() {
 #[tokio::test]
 async fn what_the_agent_cannot_stand_in_for_passes_unparsed() {
     let (pair, other) = (Pair::new(), Pair::new());
-    let local = Nginx::local("").await;
+    let local = Running::local("").await;
     let show = [&ADA[..], &["--insecure"]].concat();
 
     // Another key than the Secret's, so that clients see what they would see without.
-    let app = Nginx::app("", &other, "").await;
+    let app = Running::app("", &other, "").await;
     let agent = opening(&app, &local, &pair).await;
     let found = findings(&agent).await;
     assert_eq!(found["ports"][0]["found"], "otherCertificate", "{found}");
@@ -232,7 +233,7 @@ async fn what_the_agent_cannot_stand_in_for_passes_unparsed() {
     // A server that wants to see the client's certificate.
     let trusted = pair.path("crt");
     let asks = format!("ssl_verify_client on; ssl_client_certificate {trusted};");
-    let app = Nginx::app("", &pair, &asks).await;
+    let app = Running::app("", &pair, &asks).await;
     let agent = opening(&app, &local, &pair).await;
     let found = findings(&agent).await;
     assert_eq!(found["ports"][0]["found"], "asksForCertificates", "{found}");
@@ -245,14 +246,14 @@ async fn what_the_agent_cannot_stand_in_for_passes_unparsed() {
     );
 
     // No TLS at all.
-    let app = Nginx::start("app", "", "").await;
+    let app = Running::start("app", "", "").await;
     let agent = opening(&app, &local, &pair).await;
     let found = findings(&agent).await;
     assert_eq!(found["ports"][0]["found"], "noTls", "{found}");
     assert!(get(&agent, &pair, &show).await.is_err());
 
     // Nobody named a Secret.
-    let app = Nginx::app("http2", &pair, "").await;
+    let app = Running::app("http2", &pair, "").await;
     let agent = between(app.address, local.address).await;
     agent.push(common::ada(true)).await;
     assert_eq!(findings(&agent).await.to_string(), WELL);
@@ -263,7 +264,10 @@ async fn what_the_agent_cannot_stand_in_for_passes_unparsed() {
 #[tokio::test]
 async fn while_the_application_is_down_its_key_is_shown_for_it() {
     let pair = Pair::new();
-    let (mut app, local) = (Nginx::app("", &pair, "").await, Nginx::local("http2").await);
+    let (mut app, local) = (
+        Running::app("", &pair, "").await,
+        Running::local("http2").await,
+    );
     let agent = opening(&app, &local, &pair).await;
     app.child.kill().await.unwrap();
 
@@ -283,8 +287,8 @@ async fn bodies_of_many_at_once_arrive_whole_both_ways() {
         )
     };
     for version in ["http2", ""] {
-        let app = Nginx::app(version, &pair, &sink("app")).await;
-        let local = Nginx::start("local", version, &sink("local")).await;
+        let app = Running::app(version, &pair, &sink("app")).await;
+        let local = Running::start("local", version, &sink("local")).await;
         let agent = opening(&app, &local, &pair).await;
         let requests = (0..24).map(|n| {
             let mut command = curl(&agent, &pair);
@@ -347,24 +351,47 @@ async fn what_is_no_http_inside_goes_whole_to_who_takes_everything() {
     assert_eq!(say(&agent, &pair, "\x01hello").await, "app olleh\x01");
 }
 
+/// gRPC offers a name of its own before `h2`, and its servers take the first.
+#[tokio::test]
+async fn grpc_goes_where_it_belongs() {
+    let pair = Pair::new();
+    let (certificate, key) = (pair.path("crt"), pair.path("key"));
+    let serve = ["serve", "app", "127.0.0.1:0", &certificate, &key];
+    let app = python("grpc_peer.py", &serve).await;
+    let local = python("grpc_peer.py", &["serve", "local"]).await;
+    let agent = opening(&app, &local, &pair).await;
+
+    let mut call = script("grpc_peer.py");
+    call.args(["call", &agent.address.to_string(), &certificate]);
+    output(call).await.unwrap();
+}
+
 /// A TLS server that answers each line backwards.
-async fn echo(pair: &Pair) -> Nginx {
-    let folder = tempfile::tempdir().unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/others/tls_lines.py");
-    let mut child = Command::new("python3")
-        .arg(script)
-        .args([pair.path("crt"), pair.path("key")])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
+async fn echo(pair: &Pair) -> Running {
+    python("tls_lines.py", &[&pair.path("crt"), &pair.path("key")]).await
+}
+
+/// One of `others`, by the Python whose packages `make packages` installs.
+fn script(name: &str) -> Command {
+    let mut command = Command::new("/usr/bin/python3");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/others");
+    command.arg(folder.join(name));
+    command.env("NO_PROXY", "*").stdin(Stdio::null());
+    command.kill_on_drop(true);
+    command
+}
+
+/// One that serves and prints its port.
+async fn python(name: &str, arguments: &[&str]) -> Running {
+    let mut command = script(name);
+    command.args(arguments).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
     let stdout = tokio::io::BufReader::new(child.stdout.take().unwrap());
     let mut lines = tokio::io::AsyncBufReadExt::lines(stdout);
     let port = soon(lines.next_line()).await.unwrap().unwrap();
-    Nginx {
+    Running {
         address: SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap())),
-        _folder: folder,
+        _folder: tempfile::tempdir().unwrap(),
         child,
     }
 }
@@ -400,7 +427,7 @@ async fn say(agent: &Agent, pair: &Pair, line: &str) -> String {
 #[tokio::test]
 async fn a_credential_goes_with_the_table_that_named_it() {
     let pair = Pair::new();
-    let (app, local) = (Nginx::app("", &pair, "").await, Nginx::local("").await);
+    let (app, local) = (Running::app("", &pair, "").await, Running::local("").await);
     let agent = between(app.address, local.address).await;
     let (status, why) = agent.try_push(of_ada(&pair)).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);

@@ -35,6 +35,28 @@ impl<'a> Namespace<'a> {
         self.cluster.apply(&manifests.replace("$NS", &self.name));
     }
 
+    /// A certificate for a Service until that year, by its own key, and the key; both as PEM.
+    #[track_caller]
+    pub fn certificate(&self, service: &str, until: i32) -> (String, String) {
+        let names = [service.to_owned(), format!("{service}.{}", self.name)];
+        let mut params = rcgen::CertificateParams::new(names).expect("names");
+        params.not_after = rcgen::date_time_ymd(until, 1, 1);
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        (certificate.pem(), key.serialize_pem())
+    }
+
+    /// Writes both into a Secret of TLS.
+    #[track_caller]
+    pub fn put_tls_secret(&self, name: &str, certificate: &str, key: &str) {
+        let secret = serde_json::json!({
+            "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
+            "metadata": { "name": name, "namespace": self.name },
+            "stringData": { "tls.crt": certificate, "tls.key": key },
+        });
+        self.cluster.apply(&secret.to_string());
+    }
+
     /// Waits until every pod with this label is ready.
     #[track_caller]
     pub fn wait_ready(&self, label: &str) {

@@ -79,8 +79,8 @@ struct Web<'a> {
 impl<'a> Web<'a> {
     fn start(cluster: &'a Cluster) -> Self {
         let namespace = cluster.namespace("tls");
-        let (certificate, key) = pair(&namespace.name, 2040);
-        put(&namespace, "web-tls", &certificate, &key);
+        let (certificate, key) = namespace.certificate("web", 2040);
+        namespace.put_tls_secret("web-tls", &certificate, &key);
         namespace.load_servers();
         namespace.apply(WEB);
         namespace.wait_ready("app=web");
@@ -107,25 +107,6 @@ impl<'a> Web<'a> {
         let binding = ["create", "rolebinding", "web-tls", "--role=web-tls", &who];
         cluster.kubectl(&[&["-n", &self.namespace.name], &binding[..]].concat());
     }
-}
-
-/// A certificate for `web` in this namespace until that year, and its key.
-fn pair(namespace: &str, until: i32) -> (String, String) {
-    let names = ["web".to_owned(), format!("web.{namespace}")];
-    let mut params = rcgen::CertificateParams::new(names).expect("names");
-    params.not_after = rcgen::date_time_ymd(until, 1, 1);
-    let key = rcgen::KeyPair::generate().expect("a key");
-    let certificate = params.self_signed(&key).expect("a certificate");
-    (certificate.pem(), key.serialize_pem())
-}
-
-fn put(namespace: &Namespace<'_>, name: &str, certificate: &str, key: &str) {
-    let secret = serde_json::json!({
-        "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
-        "metadata": { "name": name, "namespace": "$NS" },
-        "stringData": { "tls.crt": certificate, "tls.key": key },
-    });
-    namespace.apply(&secret.to_string());
 }
 
 /// What answers a request with this header, after the certificate was checked.
@@ -222,10 +203,10 @@ fn what_is_wrong_with_the_secret_is_named_at_once() {
     let program = Program::start(&laptop, PROGRAM, &[]);
     let _tp = laptop.connect(&[]);
     // Another certificate than the application's, one that is over, and one with the key of another.
-    let (other, other_key) = pair(&namespace.name, 2040);
-    put(namespace, "other-tls", &other, &other_key);
-    let (old, old_key) = pair(&namespace.name, 2020);
-    put(namespace, "old-tls", &old, &old_key);
+    let (other, other_key) = namespace.certificate("web", 2040);
+    namespace.put_tls_secret("other-tls", &other, &other_key);
+    let (old, old_key) = namespace.certificate("web", 2020);
+    namespace.put_tls_secret("old-tls", &old, &old_key);
 
     let refused = |secret: &str| {
         let run = laptop.tp(&with_secret(&program, secret)).exits(1);
@@ -247,7 +228,7 @@ fn what_is_wrong_with_the_secret_is_named_at_once() {
         let why = refused(secret);
         assert!(why.contains(part), "{why}");
     }
-    put(namespace, "other-tls", &other, &old_key);
+    namespace.put_tls_secret("other-tls", &other, &old_key);
     let mismatch = refused("other-tls");
     assert!(mismatch.contains("tls.key is not the key"), "{mismatch}");
     let left = cluster.kubectl(&[

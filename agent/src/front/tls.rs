@@ -2,7 +2,8 @@
 //!
 //! The application is greeted first, with the name and the protocols of the client's own ClientHello, and what it answers
 //! decides: which key it shows, so that the client is shown a certificate of that key and no other, and which protocol it
-//! speaks (ALPN), so that the client is offered that one and bytes need no translation. It is known by its key alone: the
+//! speaks (ALPN; of what we parse, where the client offers any of that), so that the client is offered that one and bytes need no
+//! translation. It is known by its key alone: the
 //! connection does not leave the pod, so names and dates of its certificate say nothing more.
 //!
 //! A connection that the agent cannot stand in for passes unparsed: the application shows a key that no intercept of the
@@ -68,8 +69,13 @@ pub(super) enum Opened {
 #[derive(Clone, Debug)]
 struct Hello {
     name: Option<String>,
+    /// Of what the client offers (ALPN), what can be parsed, where there is any. gRPC offers `grpc-exp` before `h2`: to us the same
+    /// would be one that can be read and one that cannot.
     protocols: Vec<Vec<u8>>,
 }
+
+/// What can be parsed, the better first.
+const PARSED: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
 /// How to open further connections to the application for the same client.
 #[derive(Debug)]
@@ -186,10 +192,13 @@ impl Hello {
             acceptor.read_tls(&mut bytes).map_err(drop)?;
             if let Some(accepted) = acceptor.accept().map_err(drop)? {
                 let hello = accepted.client_hello();
-                let protocols = hello.alpn().into_iter().flatten();
+                let offered: Vec<_> = hello.alpn().into_iter().flatten().collect();
+                let parsed = offered.iter().filter(|name| PARSED.contains(*name));
+                let parsed: Vec<_> = parsed.copied().collect();
+                let protocols = if parsed.is_empty() { offered } else { parsed };
                 return Ok(Some(Self {
                     name: hello.server_name().map(str::to_owned),
-                    protocols: protocols.map(<[u8]>::to_vec).collect(),
+                    protocols: protocols.into_iter().map(<[u8]>::to_vec).collect(),
                 }));
             }
         }
@@ -198,8 +207,7 @@ impl Hello {
 
     /// Of what the client offers, what can be parsed: the better first.
     fn spoken(&self) -> Vec<Vec<u8>> {
-        let ours = [&b"h2"[..], b"http/1.1"].map(<[u8]>::to_vec);
-        let spoken = ours.into_iter();
+        let spoken = PARSED.map(<[u8]>::to_vec).into_iter();
         spoken
             .filter(|protocol| self.protocols.contains(protocol))
             .collect()

@@ -1,7 +1,7 @@
 """A GraphQL server on Debian's graphql-core, and a client of it; which operation runs is for graphql-core to say.
 
-usage: graphql_peer.py serve NAME      prints its port
-       graphql_peer.py call ADDRESS    exits with 0 when GetCart, and nothing else, was executed by `local`
+usage: graphql_peer.py serve NAME [ADDRESS]   prints its port
+       graphql_peer.py call ADDRESS           exits with 0 when GetCart, and nothing else, was executed by `local`
 """
 import http.client
 import http.server
@@ -44,8 +44,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def serve(name):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+def serve(name, address="127.0.0.1:0"):
+    host, port = address.split(":")
+    server = http.server.ThreadingHTTPServer((host, int(port)), Handler)
     server.name = name
     print(server.server_address[1], flush=True)
     server.serve_forever()
@@ -84,4 +85,4 @@ def call(address):
                 assert got == wanted, (method, text, operation, got)
 
 
-{"serve": serve, "call": call}[sys.argv[1]](sys.argv[2])
+{"serve": serve, "call": call}[sys.argv[1]](*sys.argv[2:])

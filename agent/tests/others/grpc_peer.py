@@ -1,7 +1,8 @@
 """A gRPC server and a client of it, in Debian's grpcio, without generated code: messages are bytes.
 
-usage: grpc_peer.py serve NAME        prints its port
-       grpc_peer.py call ADDRESS      calls it in every way as ada and as eve; exits with 0 when all answers are right
+usage: grpc_peer.py serve NAME [ADDRESS [CERTIFICATE KEY]]   prints its port
+       grpc_peer.py call ADDRESS [CERTIFICATE]               calls it in every way as ada and as eve; exits with 0 when all
+                                                             answers are right
 """
 import sys
 import time
@@ -52,16 +53,34 @@ class Echo(grpc.GenericRpcHandler):
         return b""
 
 
-def serve(name):
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def serve(name, address="127.0.0.1:0", certificate=None, key=None):
     server = grpc.server(futures.ThreadPoolExecutor(16))
     server.add_generic_rpc_handlers([Echo(name)])
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    if certificate is None:
+        port = server.add_insecure_port(address)
+    else:
+        pair = (read(key), read(certificate))
+        port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+    print(port, flush=True)
     server.start()
     server.wait_for_termination()
 
 
-def call(address):
-    with grpc.insecure_channel(address) as channel:
+def dial(address, certificate):
+    if certificate is None:
+        return grpc.insecure_channel(address)
+    # The certificate is for the Service's name, which the node cannot resolve.
+    options = [("grpc.ssl_target_name_override", "web")]
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(read(certificate)), options)
+
+
+def call(address, certificate=None):
+    with dial(address, certificate) as channel:
         for turn in range(20):
             for user, name in (("ada", b"local"), ("eve", b"app")):
                 one_of_each(channel, [("x-tp-user", user)], name)
@@ -101,4 +120,4 @@ def ping_pong():
 if __name__ == "__main__":
     import threading
     answered = threading.Semaphore(0)
-    {"serve": serve, "call": call}[sys.argv[1]](sys.argv[2])
+    {"serve": serve, "call": call}[sys.argv[1]](*sys.argv[2:])

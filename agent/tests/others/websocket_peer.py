@@ -1,17 +1,18 @@
-"""usage: websocket_peer.py serve NAME (prints its port) | call ADDRESS (as ada and as eve)"""
+"""usage: websocket_peer.py serve NAME [ADDRESS] (prints its port) | call ADDRESS (as ada and as eve)"""
 import asyncio
 import sys
 
 import websockets
 
 
-async def serve(name):
+async def serve(name, address="127.0.0.1:0"):
     async def echo(socket):
         await socket.send(name)
         async for message in socket:
             await socket.send(message)
 
-    server = await websockets.serve(echo, "127.0.0.1", 0, max_size=None)
+    host, port = address.split(":")
+    server = await websockets.serve(echo, host, int(port), max_size=None)
     print(server.sockets[0].getsockname()[1], flush=True)
     await asyncio.Future()
 
@@ -27,4 +28,4 @@ async def call(address):
             await (await socket.ping())
 
 
-asyncio.run({"serve": serve, "call": call}[sys.argv[1]](sys.argv[2]))
+asyncio.run({"serve": serve, "call": call}[sys.argv[1]](*sys.argv[2:]))
