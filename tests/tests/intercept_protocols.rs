@@ -1,7 +1,11 @@
 //! gRPC, WebSocket and GraphQL on the whole way from a client in the cluster to the laptop, with clients and servers that we did
 //! not write: Debian's grpcio, websockets and graphql-core, as in `agent/tests/others`.
 
-use tp_tests::{Cluster, Laptop, Namespace, Program, User};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Child, ChildStdout, Stdio};
+use std::time::Duration;
+
+use tp_tests::{Cluster, Laptop, Namespace, Program, Run, User, eventually};
 
 /// The node's own Python runs one of the scripts as the application.
 const WEB: &str = r#"
@@ -44,6 +48,9 @@ metadata: {name: web-tls, namespace: $NS}
 rules: [{apiGroups: [""], resources: [secrets], resourceNames: [web-tls], verbs: [get]}]
 "#;
 
+/// How long an idle connection may stay open that was to be closed.
+const LIMIT: Duration = Duration::from_secs(10);
+
 /// Where the scripts are, each a server and a client that knows which of two servers has to answer.
 const SCRIPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../agent/tests/others");
 
@@ -52,6 +59,12 @@ struct Case {
     script: &'static str,
     flags: &'static [&'static str],
     tls: bool,
+}
+
+impl Case {
+    fn path(&self) -> String {
+        format!("{SCRIPTS}/{}", self.script)
+    }
 }
 
 #[test]
@@ -90,29 +103,132 @@ fn graphql_operations_however_they_are_sent() {
     });
 }
 
+#[test]
+fn a_grpc_channel_from_before_is_counted_and_closed_where_asked_for_and_then_routed() {
+    what_was_open_before("grpc", "grpc_peer.py");
+}
+
+#[test]
+fn a_kept_http_connection_from_before_is_counted_and_closed_where_asked_for_and_then_routed() {
+    what_was_open_before("http", "graphql_peer.py");
+}
+
+fn what_was_open_before(kind: &str, script: &'static str) {
+    let Some(cluster) = Cluster::with_manager() else {
+        return;
+    };
+    let case = Case {
+        script,
+        flags: &["--http-header", "x-tp-user=ada"],
+        tls: false,
+    };
+    let lab = Lab::start(&cluster, &case);
+    let _tp = lab.laptop.connect(&[]);
+    let mut client = Client::start(&cluster, kind, &lab.address());
+    assert_eq!(client.ask(), "app");
+
+    let counted = lab.intercept(&case, &[]);
+
+    let warning = "1 connection to port 8080 was open before";
+    assert!(counted.err().contains(warning), "{}", counted.report());
+    assert_eq!(client.ask(), "app", "nobody asked to close it");
+    lab.laptop.tp(&["leave", "web"]).ok();
+    lab.intercept(&case, &["--close-idle"]);
+    eventually("idle for a second, it is closed", LIMIT, || {
+        let status = lab.laptop.tp(&["status", "--output", "json"]).ok().json();
+        let intercept = &status["connections"][0]["intercepts"][0];
+        (intercept["open_before"] == 0).then_some(())
+    });
+    assert_eq!(client.ask(), "local");
+    lab.laptop.tp(&["leave", "web"]).ok();
+    assert_eq!(client.ask(), "app");
+}
+
+/// `held_open.py` on the node. Dropping it ends it.
+struct Client {
+    child: Child,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Client {
+    fn start(cluster: &Cluster, kind: &str, address: &str) -> Self {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/held_open.py");
+        let mut command = cluster.node_command(&["/usr/bin/python3", script, kind, address]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("python3 starts");
+        let answers = BufReader::new(child.stdout.take().expect("a pipe"));
+        Self { child, answers }
+    }
+
+    fn ask(&mut self) -> String {
+        let stdin = self.child.stdin.as_mut().expect("a pipe");
+        stdin.write_all(b"\n").expect("it reads");
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer).expect("it answers");
+        answer.trim_end().to_owned()
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The application in the cluster, and its developer with the same program on the laptop.
+struct Lab<'a> {
+    namespace: Namespace<'a>,
+    certificate: String,
+    laptop: Laptop,
+    program: Program,
+}
+
+impl<'a> Lab<'a> {
+    fn start(cluster: &'a Cluster, case: &Case) -> Self {
+        let namespace = cluster.namespace("protocols");
+        let certificate = application(cluster, &namespace, case);
+        let user = User::of_namespace(cluster, "ada", &namespace);
+        user.grant(cluster, &namespace.name, "tp-intercept");
+        let who = format!("--user={}", user.name);
+        let binding = ["create", "rolebinding", "web-tls", "--role=web-tls", &who];
+        cluster.kubectl(&[&["-n", &namespace.name], &binding[..]].concat());
+        let laptop = Laptop::of(cluster, &user);
+        let source = std::fs::read_to_string(case.path()).expect("it is in the repository");
+        let program = Program::start(&laptop, &source, &["serve", "local"]);
+        Self {
+            namespace,
+            certificate,
+            laptop,
+            program,
+        }
+    }
+
+    /// Where clients in the cluster find it.
+    fn address(&self) -> String {
+        let service = self.namespace.value("svc/web", ".spec.clusterIP");
+        format!("{service}:8080")
+    }
+
+    #[track_caller]
+    fn intercept(&self, case: &Case, more: &[&str]) -> Run {
+        let intercept = ["intercept", "web", "-p", &self.program.port];
+        let arguments = [&intercept[..], case.flags, more].concat();
+        self.laptop.tp(&arguments).ok()
+    }
+}
+
 fn each_server_has_what_is_its_own(case: &Case) {
     let Some(cluster) = Cluster::with_manager() else {
         return;
     };
-    let namespace = cluster.namespace("protocols");
-    let certificate = application(&cluster, &namespace, case);
-    let user = User::of_namespace(&cluster, "ada", &namespace);
-    user.grant(&cluster, &namespace.name, "tp-intercept");
-    let who = format!("--user={}", user.name);
-    let binding = ["create", "rolebinding", "web-tls", "--role=web-tls", &who];
-    cluster.kubectl(&[&["-n", &namespace.name], &binding[..]].concat());
-    let laptop = Laptop::of(&cluster, &user);
-    let script = format!("{SCRIPTS}/{}", case.script);
-    let source = std::fs::read_to_string(&script).expect("it is in the repository");
-    let program = Program::start(&laptop, &source, &["serve", "local"]);
-    let _tp = laptop.connect(&[]);
-    let intercept = ["intercept", "web", "-p", &program.port];
-    laptop.tp(&[&intercept[..], case.flags].concat()).ok();
+    let lab = Lab::start(&cluster, case);
+    let _tp = lab.laptop.connect(&[]);
+    lab.intercept(case, &[]);
 
-    let service = namespace.value("svc/web", ".spec.clusterIP");
-    let trusted = laptop.write_file("home/web.crt", &certificate);
+    let trusted = lab.laptop.write_file("home/web.crt", &lab.certificate);
     let trusted = case.tls.then(|| trusted.display().to_string());
-    let address = format!("{service}:8080");
+    let (script, address) = (case.path(), lab.address());
     let mut call = vec!["/usr/bin/python3", &script, "call", &address];
     call.extend(trusted.as_deref());
     cluster.on_node(&call);

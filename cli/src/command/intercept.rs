@@ -523,11 +523,8 @@ fn warn(plan: &Plan, statuses: &[InterceptStatus]) {
     }
     for status in statuses {
         if let Some(open @ 1..) = status.open_before {
-            let what = report::counted(open, "connection");
-            report::note(&format!(
-                "warning: {what} to port {} were open before: requests on them go to the application until they close (`--close-idle` closes idle ones)",
-                status.port
-            ));
+            let what = summary::open_before(open, status.port);
+            report::note(&format!("warning: {what}"));
         }
         if let (false, Some(message)) = (status.ready, &status.message) {
             report::note(&format!("warning: {message}"));

@@ -59,12 +59,34 @@ pub fn told(statuses: &[InterceptStatus], curl: Option<&[String]>, to_pod: &[u16
     text
 }
 
+/// What connections from before an intercept mean for it.
+pub fn open_before(count: u32, port: u16) -> String {
+    let (was, them, they) = match count {
+        1 => ("was", "it", "it closes"),
+        _ => ("were", "them", "they close"),
+    };
+    let what = report::counted(count, "connection");
+    format!(
+        "{what} to port {port} {was} open before: requests on {them} go to the application until {they} \
+         (`--close-idle` closes idle ones)"
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use tp_manager_api::Matcher;
     use tp_manager_api::matcher::{NamedText, Text};
 
     use super::*;
+
+    #[test]
+    fn one_connection_and_many_are_told_in_english() {
+        let [one, two] = [1, 2].map(|count| open_before(count, 80));
+        assert!(one.starts_with("1 connection to port 80 was open before: requests on it go to"));
+        assert!(
+            two.starts_with("2 connections to port 80 were open before: requests on them go to")
+        );
+    }
 
     #[test]
     fn what_was_made_is_told_with_a_line_to_try_it() {
