@@ -18,6 +18,7 @@ use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{ApiResource, Object};
 use kube::core::ObjectMeta;
+use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
 use tokio::sync::watch;
@@ -415,7 +416,7 @@ pub(crate) async fn follow<K>(
 where
     K: kube::Resource + Clone + std::fmt::Debug + Send + serde::de::DeserializeOwned + 'static,
 {
-    let mut events = std::pin::pin!(watcher(api, config.page_size(PAGE)).default_backoff());
+    let mut events = std::pin::pin!(watcher(api, config.page_size(PAGE)).backoff(Again::default()));
     loop {
         match events.next().await {
             Some(Ok(watcher::Event::Init)) => on(Change::ListBegins),
@@ -427,6 +428,29 @@ where
             Some(Err(error)) => tracing::warn!(what, error = chain(&error), "watch interrupted"),
             None => tokio::time::sleep(Duration::from_secs(1)).await,
         }
+    }
+}
+
+/// When a watch that broke is tried again. kube's own pauses grow to 30 s, for which whatever came after an outage of the API server
+/// would be unknown to us; ours are few.
+#[derive(Default)]
+struct Again(watcher::DefaultBackoff);
+
+impl Again {
+    const LONGEST: Duration = Duration::from_secs(4);
+}
+
+impl Iterator for Again {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|pause| pause.min(Self::LONGEST))
+    }
+}
+
+impl Backoff for Again {
+    fn reset(&mut self) {
+        self.0.reset();
     }
 }
 
@@ -444,6 +468,14 @@ pub(crate) fn object_name(metadata: &ObjectMeta) -> ObjectName {
 mod tests {
     use super::*;
     use crate::inventory::Service;
+
+    #[test]
+    fn a_watch_is_tried_again_within_seconds_however_often_it_broke() {
+        let pauses: Vec<_> = Again::default().take(20).collect();
+        assert_eq!(pauses.len(), 20);
+        assert!(pauses.iter().all(|pause| *pause <= Again::LONGEST));
+        assert!(pauses[0] >= Duration::from_millis(800));
+    }
 
     #[tokio::test(start_paused = true)]
     async fn an_address_a_moment_ahead_of_the_watch_is_waited_for() {

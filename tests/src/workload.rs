@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use crate::cluster::{Cluster, lock_file, scripts};
 use crate::laptop;
@@ -71,7 +72,7 @@ impl<'a> Namespace<'a> {
             "--timeout=120s",
         ];
         // A Deployment's pods may not exist yet.
-        let (run, _) = crate::eventually("pods exist", std::time::Duration::from_secs(30), || {
+        let (run, _) = crate::eventually("pods exist", Duration::from_secs(30), || {
             let run = self.cluster.try_kubectl(&arguments);
             (!run.err().contains("no matching resources")).then_some(run)
         });
@@ -148,21 +149,28 @@ impl<'a> Namespace<'a> {
     #[track_caller]
     pub fn wait_service(&self, name: &str, port: u16) {
         let address = self.value(&format!("svc/{name}"), ".spec.clusterIP");
-        let full_name = format!("{name}.{}.svc.cluster.local", self.name);
         let connect = format!("exec 3<>/dev/tcp/{address}/{port}");
+        let limit = Duration::from_secs(30);
+        crate::eventually("the Service leads to its pods", limit, || {
+            self.cluster
+                .try_on_node(&["bash", "-c", &connect])
+                .then_some(())
+        });
+        self.wait_name(name, limit);
+    }
+
+    /// Waits until the cluster's nameserver knows the Service.
+    #[track_caller]
+    pub fn wait_name(&self, name: &str, limit: Duration) {
+        let address = self.value(&format!("svc/{name}"), ".spec.clusterIP");
+        let full_name = format!("{name}.{}.svc.cluster.local", self.name);
         let resolve =
             format!("dig +short +time=2 +tries=1 @{CLUSTER_DNS} {full_name} | grep -qFx {address}");
-        let limit = std::time::Duration::from_secs(30);
-        for (what, script) in [
-            ("the Service leads to its pods", connect),
-            ("the Service's name is known", resolve),
-        ] {
-            crate::eventually(what, limit, || {
-                self.cluster
-                    .try_on_node(&["bash", "-c", &script])
-                    .then_some(())
-            });
-        }
+        crate::eventually("the Service's name is known", limit, || {
+            self.cluster
+                .try_on_node(&["bash", "-c", &resolve])
+                .then_some(())
+        });
     }
 }
 

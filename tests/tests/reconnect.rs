@@ -248,7 +248,21 @@ fn a_connection_outlives_the_api_server() {
     assert_eq!(status["state"], "connected", "{status}");
     assert!(!status["last_cut"]["restored_at"].is_null(), "{status}");
     assert!(status["error"].is_null(), "{status}");
+    // The manager hears of what comes after the outage, too.
+    namespace.probe("later");
+    let later = || {
+        let run = tp.curl(&["--max-time", "10", "http://later/"]);
+        (run.out() == "hello-from-probe\n").then_some(())
+    };
+    eventually("a new Service is reached", Duration::from_secs(10), later);
 }
+
+const SERVICE: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: recovered, namespace: $NS}
+spec: {ports: [{port: 80}]}
+"#;
 
 /// While it lives the cluster has no API server; dropping it starts one and waits until that is ready.
 struct ApiServerDown<'a>(&'a Cluster);
@@ -286,5 +300,8 @@ impl Drop for ApiServerDown<'_> {
         eventually("the controllers work", Duration::from_secs(60), || {
             self.0.try_kubectl(&account).succeeded().then_some(())
         });
+        // Its nameserver asks again up to half a minute later.
+        namespace.apply(SERVICE);
+        namespace.wait_name("recovered", Duration::from_secs(120));
     }
 }
