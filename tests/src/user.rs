@@ -65,6 +65,13 @@ current-context: lab
         user
     }
 
+    /// A user who may use `tp` in `namespace` and intercept there, and nothing else.
+    pub fn who_intercepts(cluster: &Cluster, name: &str, namespace: &Namespace<'_>) -> Self {
+        let user = Self::without_rights(cluster, name, &namespace.name);
+        user.grant(cluster, &namespace.name, "tp-intercept");
+        user
+    }
+
     /// Binds a role of the product in `namespace`; a ClusterRole of that name is what `tp install` makes.
     pub fn grant(&self, cluster: &Cluster, namespace: &str, role: &str) {
         let (binding, user) = (self.binding(role), format!("--user={}", self.name));

@@ -63,13 +63,6 @@ fn web(cluster: &Cluster) -> Namespace<'_> {
     namespace
 }
 
-/// A user who may intercept.
-fn user(cluster: &Cluster, name: &str, namespace: &Namespace<'_>) -> User {
-    let user = User::of_namespace(cluster, name, namespace);
-    user.grant(cluster, &namespace.name, "tp-intercept");
-    user
-}
-
 /// Arguments of `tp` by which Ada's requests to `web` lead to the program.
 fn of_ada(program: &Program) -> [&str; 6] {
     [
@@ -119,7 +112,7 @@ fn matching_requests_reach_the_laptop_and_all_others_the_application() {
         return;
     };
     let namespace = web(&cluster);
-    let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
+    let laptop = Laptop::of(&cluster, &User::who_intercepts(&cluster, "ada", &namespace));
     let program = Program::start(&laptop, PROGRAM, &["laptop"]);
     let tp = laptop.connect(&[]);
     assert_eq!(answerer(&tp, "x-user: ada"), "app");
@@ -201,7 +194,7 @@ fn without_a_flag_a_random_header_chooses_and_the_printed_line_works() {
         return;
     };
     let namespace = web(&cluster);
-    let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
+    let laptop = Laptop::of(&cluster, &User::who_intercepts(&cluster, "ada", &namespace));
     let program = Program::start(&laptop, PROGRAM, &["laptop"]);
     let tp = laptop.connect(&[]);
 
@@ -234,7 +227,7 @@ fn a_closed_local_port_lets_the_application_answer() {
         return;
     };
     let namespace = web(&cluster);
-    let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
+    let laptop = Laptop::of(&cluster, &User::who_intercepts(&cluster, "ada", &namespace));
     let program = Program::start(&laptop, PROGRAM, &["laptop"]);
     let tp = laptop.connect(&[]);
     laptop.tp(&of_ada(&program)).ok();
@@ -258,7 +251,7 @@ fn a_command_gets_the_environment_and_ends_the_intercept_with_its_exit_code() {
         return;
     };
     let namespace = web(&cluster);
-    let user = user(&cluster, "ada", &namespace);
+    let user = User::who_intercepts(&cluster, "ada", &namespace);
     let laptop = Laptop::of(&cluster, &user);
     let _tp = laptop.connect(&[]);
     let script = r#"printf '%s|%s|%s|%s' "$GREETING" "${NODE_OPTIONS-unset}" "$TELEPRESENCE_CONTAINER" "${TP_INTERCEPT_ID:+id}"; exit 42"#;
@@ -331,7 +324,7 @@ fn an_intercept_ends_with_the_command_that_was_killed() {
         return;
     };
     let namespace = web(&cluster);
-    let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
+    let laptop = Laptop::of(&cluster, &User::who_intercepts(&cluster, "ada", &namespace));
     let _tp = laptop.connect(&[]);
     let arguments = ["intercept", "web", "-p", "9", "--", "sleep", "1000"];
     let mut command = laptop.spawn_tp(&arguments);
@@ -357,8 +350,8 @@ fn two_users_share_a_port_and_the_same_requests_belong_to_one() {
         return;
     };
     let namespace = web(&cluster);
-    let laptops =
-        ["ada", "bob"].map(|name| Laptop::of(&cluster, &user(&cluster, name, &namespace)));
+    let laptops = ["ada", "bob"]
+        .map(|name| Laptop::of(&cluster, &User::who_intercepts(&cluster, name, &namespace)));
     let programs = [0, 1].map(|n| Program::start(&laptops[n], PROGRAM, &[["ada", "bob"][n]]));
     let connections = [laptops[0].connect(&[]), laptops[1].connect(&[])];
     for (laptop, (program, header)) in laptops
@@ -411,7 +404,7 @@ fn what_a_killed_daemon_left_behind_is_taken_over() {
         return;
     };
     let namespace = web(&cluster);
-    let laptop = Laptop::of(&cluster, &user(&cluster, "ada", &namespace));
+    let laptop = Laptop::of(&cluster, &User::who_intercepts(&cluster, "ada", &namespace));
     let program = Program::start(&laptop, PROGRAM, &["laptop"]);
     let _tp = laptop.connect(&[]);
     laptop.tp(&of_ada(&program)).ok();

@@ -188,8 +188,7 @@ impl<'a> Lab<'a> {
     fn start(cluster: &'a Cluster, case: &Case) -> Self {
         let namespace = cluster.namespace("protocols");
         let certificate = application(cluster, &namespace, case);
-        let user = User::of_namespace(cluster, "ada", &namespace);
-        user.grant(cluster, &namespace.name, "tp-intercept");
+        let user = User::who_intercepts(cluster, "ada", &namespace);
         let who = format!("--user={}", user.name);
         let binding = ["create", "rolebinding", "web-tls", "--role=web-tls", &who];
         cluster.kubectl(&[&["-n", &namespace.name], &binding[..]].concat());

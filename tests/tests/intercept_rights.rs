@@ -12,8 +12,7 @@ use workstation::{Workstation, condition};
 
 /// A user who may intercept in the namespace, on a laptop.
 fn developer(cluster: &Cluster, name: &str, namespace: &Namespace<'_>) -> (User, Laptop) {
-    let user = User::without_rights(cluster, name, &namespace.name);
-    user.grant(cluster, &namespace.name, "tp-intercept");
+    let user = User::who_intercepts(cluster, name, namespace);
     let laptop = Laptop::of(cluster, &user);
     (user, laptop)
 }

@@ -94,8 +94,7 @@ impl<'a> Web<'a> {
     /// A user who may intercept, and read the Secrets if `reads`.
     fn user(&self, cluster: &Cluster, reads: bool) -> User {
         let namespace = &self.namespace;
-        let user = User::of_namespace(cluster, "ada", namespace);
-        user.grant(cluster, &namespace.name, "tp-intercept");
+        let user = User::who_intercepts(cluster, "ada", namespace);
         if reads {
             self.let_read(cluster, &user);
         }

@@ -50,8 +50,7 @@ fn datagrams_reach_the_laptop_and_the_application_when_nobody_is_there() {
     };
     let namespace = cluster.namespace("udp-intercept");
     namespace.probe("web");
-    let user = User::of_namespace(&cluster, "ada", &namespace);
-    user.grant(&cluster, &namespace.name, "tp-intercept");
+    let user = User::who_intercepts(&cluster, "ada", &namespace);
     let laptop = Laptop::of(&cluster, &user);
     let program = Program::start(&laptop, PROGRAM, &[]);
     let tp = laptop.connect(&[]);

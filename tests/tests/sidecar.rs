@@ -267,8 +267,7 @@ fn pods_without_the_agent_are_named_and_made_anew_when_their_user_says_so() {
     };
     with_webhook(&cluster);
     let namespace = web(&cluster, "restricted", false);
-    let ada = User::of_namespace(&cluster, "ada", &namespace);
-    ada.grant(&cluster, &namespace.name, "tp-intercept");
+    let ada = User::who_intercepts(&cluster, "ada", &namespace);
     let laptop = Laptop::of(&cluster, &ada);
     let _tp = laptop.connect(&[]);
     let intercept = |more: &[&str]| {

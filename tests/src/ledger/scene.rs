@@ -51,8 +51,7 @@ impl<'a> Scene<'a> {
     #[track_caller]
     pub fn new(cluster: &'a Cluster, seed: u64) -> Self {
         let namespace = cluster.namespace("faults");
-        let user = User::of_namespace(cluster, "ada", &namespace);
-        user.grant(cluster, &namespace.name, "tp-intercept");
+        let user = User::who_intercepts(cluster, "ada", &namespace);
         let laptop = Laptop::of(cluster, &user);
         let book = Book::new(seed);
         book.deploy(cluster, &namespace, "app", 2);
