@@ -39,6 +39,7 @@ pub mod heartbeat;
 pub mod parent;
 pub mod passing;
 pub mod redirect;
+pub mod retire;
 pub mod route;
 pub mod sightings;
 mod socket;

@@ -17,6 +17,7 @@ use tp_agent::heartbeat::{Heard, Parent, Word};
 use tp_agent::redirect::Redirect;
 use tp_agent::worker::{self, Destination, Inbound, Listeners, Worker};
 use tp_agent::{heartbeat, parent};
+use tp_manager_api::AGENT_RETIRE;
 use tp_manager_api::route_table::LEASE;
 use tp_tunnel::{Identity, KeyHash};
 
@@ -26,7 +27,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Routes a workload's requests to the workstations whose they are, and all others to the application.
 ///
 /// Started by the manager, not by people. `TP_AGENT_SEED` holds 64 hexadecimal digits; the manager knows the key that
-/// they make.
+/// they make. `tp-agent retire`, run in an agent's container, ends that agent.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -72,6 +73,12 @@ fn in_place_of(text: &str) -> Result<(SocketAddr, Destination), String> {
 }
 
 fn main() -> ExitCode {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == AGENT_RETIRE)
+    {
+        return retire();
+    }
     if let Err(error) = without_huge_pages() {
         eprintln!("tp-agent takes more memory than it needs: {error}");
     }
@@ -86,6 +93,21 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Ends the agent of this container, which may well take this process with it.
+fn retire() -> ExitCode {
+    match tp_agent::retire::retire() {
+        Ok(1..) => ExitCode::SUCCESS,
+        Ok(0) => {
+            eprintln!("no agent runs here");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("the agent cannot be ended: {error}");
             ExitCode::FAILURE
         }
     }

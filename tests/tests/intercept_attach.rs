@@ -599,8 +599,12 @@ fn uninstalling_everything_takes_the_routes_back_and_names_pods_that_keep_an_age
         .ok();
 
     let gone = run.json();
+    assert_eq!(gone["agents_ended"], pods.len(), "{gone}");
+    assert_eq!(gone["warnings"], json!([]));
     for (name, address) in &pods {
         assert_eq!(get(&cluster, address, MINE).trim(), name);
+        let uid = namespace.value(&format!("pod/{name}"), ".metadata.uid");
+        assert_eq!(cluster.agent_processes(&uid), [0_u32; 0], "{name}");
         let kept = json!(format!("{}/{name}", namespace.name));
         let listed = gone["pods_with_agents"].as_array().expect("a list");
         assert!(listed.contains(&kept), "{gone}");

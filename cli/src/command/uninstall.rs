@@ -1,5 +1,6 @@
 //! `tp uninstall`: takes the manager, or everything, out of the cluster.
 
+use std::convert::Infallible;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -36,8 +37,10 @@ struct Gone {
     server: String,
     connections_ended: u64,
     removed: Vec<String>,
+    agents_ended: usize,
     restarted: Vec<String>,
     pods_with_agents: Vec<String>,
+    warnings: Vec<String>,
 }
 
 /// Removes, and waits until what was removed is gone.
@@ -63,6 +66,8 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
         true => report::step("looking for agents", agents::kept(&cluster)).await?,
         false => Vec::new(),
     };
+    let ending = async { Ok::<_, Infallible>(agents::end(&cluster, &kept).await) };
+    let Ok((agents_ended, left)) = report::step("ending agents", ending).await;
     let restarted = match args.restart_pods {
         true => report::step("restarting pods", agents::restart(&cluster, &kept)).await?,
         false => Vec::new(),
@@ -74,11 +79,24 @@ pub async fn run(args: Args, output: &Output) -> Result<ExitCode, Failure> {
         server: cluster.server,
         connections_ended,
         removed,
+        agents_ended,
         restarted,
         pods_with_agents: named.collect(),
+        warnings: left.iter().map(still_runs).collect(),
     };
+    for warning in &gone.warnings {
+        report::note(&format!("warning: {warning}"));
+    }
     output.print(&gone, || told(&gone, args.everything))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn still_runs(left: &agents::Left) -> String {
+    format!(
+        "the agent in pod {} goes on: {}",
+        left.pod,
+        left.why.one_line()
+    )
 }
 
 fn told(gone: &Gone, everything: bool) -> String {
@@ -93,12 +111,16 @@ fn told(gone: &Gone, everything: bool) -> String {
             report::counted(gone.connections_ended, "connection")
         ));
     }
+    if gone.agents_ended > 0 {
+        let agents = report::counted(gone.agents_ended as u64, "agent");
+        lines.push(format!("ended {agents}"));
+    }
     let restarted = gone.restarted.iter();
     lines.extend(restarted.map(|workload| format!("restarted {}", report::escaped(workload))));
     if !gone.pods_with_agents.is_empty() && gone.restarted.is_empty() {
         let pods = report::counted(gone.pods_with_agents.len() as u64, "pod");
         lines.push(format!(
-            "{pods} keep an agent that does nothing any more until they are replaced (`--restart-pods` does that):"
+            "{pods} keep the container of an agent until they are replaced (`--restart-pods` does that):"
         ));
         let pods = gone.pods_with_agents.iter();
         lines.extend(pods.map(|pod| format!("  {}", report::escaped(pod))));

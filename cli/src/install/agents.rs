@@ -1,15 +1,20 @@
-//! Pods that keep an agent. Kubernetes never takes a container out of a pod, so it is there, without a manager, until the pod
-//! is replaced: an ephemeral one without a rule, a sidecar passing everything to the application.
+//! Pods that keep an agent. Kubernetes never takes a container out of a pod, so it is there until the pod is replaced: an
+//! ephemeral one ended, a sidecar passing everything to the application.
 
+use std::time::Duration;
+
+use futures::{StreamExt as _, stream};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{ListParams, Patch, PatchParams};
+use kube::api::{AttachParams, ListParams, Patch, PatchParams};
+use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::json;
-use tp_manager_api::AGENT_PREFIX;
+use tokio::io::AsyncReadExt as _;
+use tp_manager_api::{AGENT_PREFIX, AGENT_PROGRAM, AGENT_RETIRE};
 
 use super::FIELD_MANAGER;
 use crate::kubeconfig::Cluster;
@@ -25,6 +30,8 @@ pub struct Kept {
     pub namespace: String,
     /// Its name.
     pub pod: String,
+    /// The ephemeral container whose agent runs.
+    running: Option<String>,
     controller: Option<(String, String)>,
 }
 
@@ -73,9 +80,81 @@ fn with_agent(pod: &Pod) -> Option<Kept> {
     (has && lives).then(|| Kept {
         namespace: pod.namespace().unwrap_or_default(),
         pod: pod.name_any(),
+        running: running(pod).map(str::to_owned),
         controller: controller(pod.owner_references()),
     })
 }
+
+/// The ephemeral container whose agent runs.
+fn running(pod: &Pod) -> Option<&str> {
+    let status = pod.status.as_ref()?;
+    let mut agents = status.ephemeral_container_statuses.iter().flatten();
+    let running = agents.find(|agent| {
+        let state = agent.state.as_ref();
+        agent.name.starts_with(AGENT_PREFIX) && state.is_some_and(|state| state.running.is_some())
+    });
+    running.map(|agent| &*agent.name)
+}
+
+/// An agent that goes on.
+#[derive(Debug)]
+pub struct Left {
+    /// Its pod, as `namespace/name`.
+    pub pod: String,
+    /// Why it goes on.
+    pub why: Failure,
+}
+
+/// Ends the agents that run in ephemeral containers, each by a command in its container, and waits until they have ended.
+/// Returns how many did, and those that go on.
+pub async fn end(cluster: &Cluster, kept: &[Kept]) -> (usize, Vec<Left>) {
+    let running = kept
+        .iter()
+        .filter_map(|kept| Some((kept, kept.running.as_deref()?)));
+    let ends = running.map(|(kept, container)| async move {
+        let ended = end_one(cluster, kept, container).await;
+        let pod = format!("{}/{}", kept.namespace, kept.pod);
+        ended.map_err(|why| Left { pod, why })
+    });
+    let ends: Vec<_> = stream::iter(ends).buffer_unordered(AT_ONCE).collect().await;
+    let ended = ends.iter().filter(|end| end.is_ok()).count();
+    (ended, ends.into_iter().filter_map(Result::err).collect())
+}
+
+async fn end_one(cluster: &Cluster, kept: &Kept, container: &str) -> Result<(), Failure> {
+    let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), &kept.namespace);
+    let how = AttachParams::default()
+        .container(container)
+        .stdin(false)
+        .stdout(false)
+        .stderr(true);
+    let words = [AGENT_PROGRAM, AGENT_RETIRE];
+    let asked = pods.exec(&kept.pod, words, &how);
+    let mut command = cluster.in_time(asked).await?;
+    let mut said = String::new();
+    if let Some(stderr) = command.stderr() {
+        // The command may be gone with the agent before it says a word.
+        let _ = stderr.take(SAID_MAX).read_to_string(&mut said).await;
+    }
+    let has_ended = |pod: Option<&Pod>| pod.is_none_or(|pod| running(pod) != Some(container));
+    let ended = tokio::time::timeout(DRAIN, await_condition(pods, &kept.pod, has_ended));
+    match ended.await {
+        Ok(seen) => seen
+            .map(drop)
+            .map_err(|error| Failure::new("its pod cannot be watched").caused_by(&error)),
+        Err(_) => Err(Failure::new(format!("it does not end within {DRAIN:?}"))
+            .because(said.trim().to_owned())),
+    }
+}
+
+/// Pods whose agents are ended at a time.
+const AT_ONCE: usize = 8;
+
+/// Bytes of what a command says.
+const SAID_MAX: u64 = 4096;
+
+/// How long an agent may take: it drains its connections first, and its node is a moment behind.
+const DRAIN: Duration = Duration::from_secs(40);
 
 fn controller(owners: &[OwnerReference]) -> Option<(String, String)> {
     let owner = owners.iter().find(|owner| owner.controller == Some(true))?;
@@ -151,10 +230,14 @@ mod tests {
     use serde_json::Value;
 
     fn pod(spec: Value, phase: &str) -> Option<Kept> {
+        with_status(spec, json!({ "phase": phase }))
+    }
+
+    fn with_status(spec: Value, status: Value) -> Option<Kept> {
         let pod = json!({
             "metadata": { "name": "web-1", "namespace": "shop", "ownerReferences": [
                 { "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5d", "uid": "u", "controller": true }] },
-            "spec": spec, "status": { "phase": phase },
+            "spec": spec, "status": status,
         });
         with_agent(&serde_json::from_value(pod).unwrap())
     }
@@ -172,6 +255,15 @@ mod tests {
         let sidecar =
             json!({ "containers": [], "initContainers": [{ "name": "tp-agent-sidecar" }] });
         assert!(pod(sidecar, "Running").is_some());
+        assert_eq!(found.running, None);
+        let states = json!({ "phase": "Running", "ephemeralContainerStatuses": [
+            { "name": "tp-agent-0-1-0-1", "image": "x", "imageID": "", "ready": false, "restartCount": 0,
+              "state": { "terminated": { "exitCode": 0 } } },
+            { "name": "tp-agent-0-1-0-2", "image": "x", "imageID": "", "ready": false, "restartCount": 0,
+              "state": { "running": {} } },
+        ]});
+        let found = with_status(with("tp-agent-0-1-0-2"), states).unwrap();
+        assert_eq!(found.running.as_deref(), Some("tp-agent-0-1-0-2"));
         assert_eq!(pod(with("debugger-x"), "Running"), None);
         assert_eq!(pod(with("tp-agent-0-1-0-1"), "Succeeded"), None);
         assert_eq!(pod(json!({ "containers": [] }), "Running"), None);

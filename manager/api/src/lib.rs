@@ -113,6 +113,9 @@ pub const NATIVE_SIDECARS: &str = "TP_NATIVE_SIDECARS";
 /// The agent's program in the image.
 pub const AGENT_PROGRAM: &str = "/tp-agent";
 
+/// The word after which the agent's program ends the agent of the container that it is run in.
+pub const AGENT_RETIRE: &str = "retire";
+
 /// Environment variable of an agent that makes its key: 64 hexadecimal digits.
 pub const AGENT_SEED: &str = "TP_AGENT_SEED";
 
