@@ -64,6 +64,7 @@ soak: packages cluster binaries image ## the long counts: 100,000 short connecti
 bench: bench-cluster bench-run ## the benchmarks, each against its peer in the same run
 	$(CARGO_TARGET_DIR)/release/tunnel
 	cargo bench --locked -p tp-netstack
+	cargo bench --locked -p tp-manager-api
 	cargo bench --locked -p tp-agent
 
 bench-run: binaries ## tp run beside loopback, slirp4netns, pasta, sshuttle and ssh -L, in namespaces of its own; needs root

@@ -40,11 +40,8 @@ const SCRIPT: &str = r#"
 cat > /dev/null
 first=$1 last=$2 runner=$3 kubectl=$4 kubeconfig=$5
 ours() {
-  for status in /proc/[0-9]*/status; do
-    awk -v first="$first" -v last="$last" \
-      '$1 == "State:" { dead = $2 == "Z" } $1 == "Pid:" { pid = $2 } $1 == "Uid:" && !dead && $2 >= first && $2 <= last { print pid }' \
-      "$status" 2>/dev/null
-  done
+  cat /proc/[0-9]*/status 2>/dev/null | awk -v first="$first" -v last="$last" \
+    '$1 == "State:" { dead = $2 == "Z" } $1 == "Pid:" { pid = $2 } $1 == "Uid:" && !dead && $2 >= first && $2 <= last { print pid }'
 }
 while pids=$(ours) && [ -n "$pids" ]; do kill -9 $pids 2>/dev/null; done
 rm -rf "${TMPDIR:-/tmp}/tp-laptop-$runner-"*

@@ -158,7 +158,9 @@ fn nothing_of_a_laptop_survives_a_runner_that_is_killed() {
 
     let folders = format!("tp-laptop-{}-", runner.id());
     tp_tests::eventually("nothing of it is left", Duration::from_secs(10), || {
-        let processes = Command::new("pgrep").args(["-u", &uid]).output().unwrap();
+        // What has ended may wait for init, whose business that is.
+        let alive = ["--runstates", "D,I,R,S,T", "-u", &uid];
+        let processes = Command::new("pgrep").args(alive).output().unwrap();
         let left = std::fs::read_dir(std::env::temp_dir()).unwrap().flatten();
         let folder = left
             .map(|entry| entry.file_name())
