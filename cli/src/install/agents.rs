@@ -131,19 +131,23 @@ async fn end_one(cluster: &Cluster, kept: &Kept, container: &str) -> Result<(), 
     let words = [AGENT_PROGRAM, AGENT_RETIRE];
     let asked = pods.exec(&kept.pod, words, &how);
     let mut command = cluster.in_time(asked).await?;
-    let mut said = String::new();
-    if let Some(stderr) = command.stderr() {
-        // The command may be gone with the agent before it says a word.
-        let _ = stderr.take(SAID_MAX).read_to_string(&mut said).await;
-    }
-    let has_ended = |pod: Option<&Pod>| pod.is_none_or(|pod| running(pod) != Some(container));
-    let ended = tokio::time::timeout(DRAIN, await_condition(pods, &kept.pod, has_ended));
-    match ended.await {
-        Ok(seen) => seen
-            .map(drop)
-            .map_err(|error| Failure::new("its pod cannot be watched").caused_by(&error)),
-        Err(_) => Err(Failure::new(format!("it does not end within {DRAIN:?}"))
-            .because(said.trim().to_owned())),
+    let ending = async {
+        let mut said = String::new();
+        if let Some(stderr) = command.stderr() {
+            // Where all is well it says nothing, and may be gone with the agent.
+            let _ = stderr.take(SAID_MAX).read_to_string(&mut said).await;
+        }
+        if let Some(why) = said.lines().find(|line| !line.trim().is_empty()) {
+            return Err(Failure::new(why.trim()));
+        }
+        let has_ended = |pod: Option<&Pod>| pod.is_none_or(|pod| running(pod) != Some(container));
+        let seen = await_condition(pods.clone(), &kept.pod, has_ended).await;
+        seen.map(drop)
+            .map_err(|error| Failure::new("its pod cannot be watched").caused_by(&error))
+    };
+    match tokio::time::timeout(DRAIN, ending).await {
+        Ok(ended) => ended,
+        Err(_) => Err(Failure::new(format!("it has not ended within {DRAIN:?}"))),
     }
 }
 
