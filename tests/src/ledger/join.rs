@@ -77,8 +77,8 @@ pub struct Report {
     pub mine_failed: u64,
     /// Requests that a server got after their client had been told of an error: nobody waits for their effect any more.
     pub stale: Vec<Id>,
-    /// The longest that one of the others' requests took.
-    pub slowest_other: Duration,
+    /// The others' request that took longest, and how long.
+    pub slowest_other: Option<(Duration, Id)>,
     /// All that were not [`Class::Ok`].
     pub findings: Vec<Finding>,
 }
@@ -141,7 +141,7 @@ pub fn join(records: impl IntoIterator<Item = Record>, expected: &Expectation) -
             report.stale.push(id);
         }
         if let Some(took) = request.took().filter(|_| !request.is_mine()) {
-            report.slowest_other = report.slowest_other.max(took);
+            report.slowest_other = report.slowest_other.max(Some((took, id)));
         }
         if class != Class::Ok {
             report.findings.push(Finding { id, class, records });
