@@ -36,7 +36,10 @@ kubectl -n demo rollout status deploy/echo --timeout=60s | sed 's/^/  /'
 "$here/tests/cluster/load.sh" "$here/target/image/tp.tar" >/dev/null
 # Ready pods are in the node's packet rules a moment later.
 service=$(kubectl -n demo get service echo -o jsonpath='{.spec.clusterIP}')
-for _ in {1..100}; do ! inside bash -c "exec 3<>/dev/tcp/$service/80" 2>/dev/null || break; sleep .1; done
+for _ in {1..100}; do
+  if inside bash -c "exec 3<>/dev/tcp/$service/80" 2>/dev/null; then break; fi
+  sleep .1
+done
 pod=$(kubectl -n demo get pod -l app=echo -o jsonpath='{.items[0].status.podIP}')
 cd "$folder/home"
 

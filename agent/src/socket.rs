@@ -268,19 +268,29 @@ impl AsyncWrite for Socket {
     }
 }
 
+/// Reads from what was read already; false when nothing of it is left. The last of it gives its buffer back.
+pub(crate) fn take_early(early: &mut BytesMut, buf: &mut ReadBuf<'_>) -> bool {
+    if early.is_empty() {
+        return false;
+    }
+    let size = early.len().min(buf.remaining());
+    buf.put_slice(&early[..size]);
+    early.advance(size);
+    if early.is_empty() {
+        *early = BytesMut::new();
+    }
+    true
+}
+
 impl AsyncRead for Raw {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if !self.early.is_empty() {
-            let size = self.early.len().min(buf.remaining());
-            buf.put_slice(&self.early[..size]);
-            self.early.advance(size);
+        if take_early(&mut self.early, buf) {
             return Poll::Ready(Ok(()));
         }
-        self.early = BytesMut::new();
         loop {
             ready!(self.tcp.poll_read_ready(cx))?;
             match self.tcp.try_read_buf(buf) {
@@ -312,5 +322,25 @@ impl AsyncWrite for Raw {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(shutdown(&*self.tcp, Shutdown::Write)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn early_bytes_come_in_order_and_leave_no_buffer() {
+        let mut early = BytesMut::with_capacity(16 * 1024);
+        early.extend_from_slice(b"question");
+        let (mut read, mut room) = (Vec::new(), [0; 3]);
+        loop {
+            let mut buf = ReadBuf::new(&mut room);
+            if !take_early(&mut early, &mut buf) {
+                break;
+            }
+            read.extend_from_slice(buf.filled());
+        }
+        assert_eq!((&read[..], early.capacity()), (&b"question"[..], 0));
     }
 }

@@ -8,39 +8,10 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
+use common::others::{PYTHON, script, serve};
 use common::{Server, ada, agent_with, soon};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
-
-/// Debian's, whose packages `make packages` installs.
-const PYTHON: &str = "/usr/bin/python3";
-
-fn script(program: &str, name: &str, arguments: [&str; 2]) -> Command {
-    let mut command = Command::new(program);
-    command
-        .arg(format!(
-            "{}/tests/others/{name}",
-            env!("CARGO_MANIFEST_DIR")
-        ))
-        .args(arguments)
-        .env("NO_PROXY", "*")
-        .stdin(Stdio::null())
-        .kill_on_drop(true);
-    command
-}
-
-/// Starts a server that prints its port.
-async fn start(program: &str, name: &str, who: &str) -> (Server, Child) {
-    let mut child = script(program, name, ["serve", who])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let port = soon(lines.next_line()).await.unwrap().unwrap();
-    let address = SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()));
-    (Server::at(address), child)
-}
+use tokio::process::Command;
 
 /// A server as the application, another as the local one, and a client that knows who has to answer.
 async fn all_of(program: &str, name: &str) {
@@ -48,12 +19,12 @@ async fn all_of(program: &str, name: &str) {
 }
 
 async fn all_of_with(program: &str, name: &str, intercepts: Value) {
-    let (app, _app) = start(program, name, "app").await;
-    let (local, _local) = start(program, name, "local").await;
-    let agent = agent_with(app, local, Duration::from_secs(60)).await;
+    let (app, _app) = serve(program, name, &["serve", "app"]).await;
+    let (local, _local) = serve(program, name, &["serve", "local"]).await;
+    let agent = agent_with(Server::at(app), Server::at(local), Duration::from_secs(60)).await;
     agent.push(intercepts).await;
     let address = agent.address.to_string();
-    let output = script(program, name, ["call", &address]).output();
+    let output = script(program, name, &["call", &address]).output();
     let output = tokio::time::timeout(Duration::from_secs(100), output)
         .await
         .expect("done within 100 s")

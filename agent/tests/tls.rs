@@ -5,10 +5,10 @@
 mod common;
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use common::others::{PYTHON, script, serve};
 use common::{Agent, Server, agent_with, server, soon};
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -42,7 +42,7 @@ impl Pair {
 /// A server. Dropping it ends it.
 struct Running {
     address: SocketAddr,
-    _folder: tempfile::TempDir,
+    _folder: Option<tempfile::TempDir>,
     child: Child,
 }
 
@@ -81,7 +81,7 @@ impl Running {
         .await;
         Self {
             address,
-            _folder: folder,
+            _folder: Some(folder),
             child,
         }
     }
@@ -361,8 +361,8 @@ async fn grpc_goes_where_it_belongs() {
     let local = python("grpc_peer.py", &["serve", "local"]).await;
     let agent = opening(&app, &local, &pair).await;
 
-    let mut call = script("grpc_peer.py");
-    call.args(["call", &agent.address.to_string(), &certificate]);
+    let address = agent.address.to_string();
+    let call = script(PYTHON, "grpc_peer.py", &["call", &address, &certificate]);
     output(call).await.unwrap();
 }
 
@@ -371,27 +371,12 @@ async fn echo(pair: &Pair) -> Running {
     python("tls_lines.py", &[&pair.path("crt"), &pair.path("key")]).await
 }
 
-/// One of `others`, by the Python whose packages `make packages` installs.
-fn script(name: &str) -> Command {
-    let mut command = Command::new("/usr/bin/python3");
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/others");
-    command.arg(folder.join(name));
-    command.env("NO_PROXY", "*").stdin(Stdio::null());
-    command.kill_on_drop(true);
-    command
-}
-
-/// One that serves and prints its port.
+/// One of `others` that serves.
 async fn python(name: &str, arguments: &[&str]) -> Running {
-    let mut command = script(name);
-    command.args(arguments).stdout(Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    let stdout = tokio::io::BufReader::new(child.stdout.take().unwrap());
-    let mut lines = tokio::io::AsyncBufReadExt::lines(stdout);
-    let port = soon(lines.next_line()).await.unwrap().unwrap();
+    let (address, child) = serve(PYTHON, name, arguments).await;
     Running {
-        address: SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap())),
-        _folder: tempfile::tempdir().unwrap(),
+        address,
+        _folder: None,
         child,
     }
 }

@@ -4,10 +4,10 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::{Buf, BytesMut};
+use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::socket::Socket;
+use crate::socket::{Socket, take_early};
 
 pub(crate) struct Prefixed {
     pub(crate) early: BytesMut,
@@ -20,14 +20,10 @@ impl AsyncRead for Prefixed {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if !self.early.is_empty() {
-            let size = self.early.len().min(buf.remaining());
-            buf.put_slice(&self.early[..size]);
-            self.early.advance(size);
-            return Poll::Ready(Ok(()));
+        match take_early(&mut self.early, buf) {
+            true => Poll::Ready(Ok(())),
+            false => Pin::new(&mut self.socket).poll_read(cx, buf),
         }
-        self.early = BytesMut::new();
-        Pin::new(&mut self.socket).poll_read(cx, buf)
     }
 }
 

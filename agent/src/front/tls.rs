@@ -2,9 +2,9 @@
 //!
 //! The application is greeted first, with the name and the protocols of the client's own ClientHello, and what it answers
 //! decides: which key it shows, so that the client is shown a certificate of that key and no other, and which protocol it
-//! speaks (ALPN; of what we parse, where the client offers any of that), so that the client is offered that one and bytes need no
-//! translation. It is known by its key alone: the
-//! connection does not leave the pod, so names and dates of its certificate say nothing more.
+//! speaks (ALPN; of what we parse, where the client offers any of that), so that the client is offered that one and bytes
+//! need no translation. It is known by its key alone: the connection does not leave the pod, so names and dates of its
+//! certificate say nothing more.
 //!
 //! A connection that the agent cannot stand in for passes unparsed: the application shows a key that no intercept of the
 //! port named, does not speak TLS, or asks for the client's certificate. Where it is down, the oldest intercept's
@@ -69,12 +69,12 @@ pub(super) enum Opened {
 #[derive(Clone, Debug)]
 struct Hello {
     name: Option<String>,
-    /// Of what the client offers (ALPN), what can be parsed, where there is any. gRPC offers `grpc-exp` before `h2`: to us the same
-    /// would be one that can be read and one that cannot.
+    /// Of what the client offers (ALPN), in its order, what can be parsed; all, where that is nothing. gRPC offers `grpc-exp`
+    /// before `h2`: the same, and only the second is known to us by name.
     protocols: Vec<Vec<u8>>,
 }
 
-/// What can be parsed, the better first.
+/// What can be parsed.
 const PARSED: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
 /// How to open further connections to the application for the same client.
@@ -138,7 +138,7 @@ pub(super) async fn open(
     };
     let protocols = match &greeted {
         Some(greeted) => greeted.protocol.iter().cloned().collect(),
-        None => hello.spoken(),
+        None => hello.protocols.clone(),
     };
     let acceptor = TlsAcceptor::from(Arc::new(server_config(credential, protocols)));
     let accepted = timeout(HANDSHAKE, acceptor.accept(Raw::new(bytes, client))).await;
@@ -203,14 +203,6 @@ impl Hello {
             }
         }
         Ok(None)
-    }
-
-    /// Of what the client offers, what can be parsed: the better first.
-    fn spoken(&self) -> Vec<Vec<u8>> {
-        let spoken = PARSED.map(<[u8]>::to_vec).into_iter();
-        spoken
-            .filter(|protocol| self.protocols.contains(protocol))
-            .collect()
     }
 }
 

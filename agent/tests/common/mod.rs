@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 #![allow(dead_code, reason = "no test binary uses all of it")]
 
+pub mod others;
 pub mod pod;
 
 use std::net::SocketAddr;
