@@ -22,7 +22,11 @@ use crate::workstation;
 /// How often the worker tells its parent that it works.
 pub const HEARTBEAT: Duration = Duration::from_millis(500);
 
-/// How long open connections may go on after a stop.
+/// How long new connections are taken after a stop. Nothing more is redirected then, but what the kernel has accepted, or
+/// has half accepted, would be reset with the socket; it sends its answer to a lost SYN again after a second.
+const LAST_CALL: Duration = Duration::from_secs(1);
+
+/// How long open connections may go on after that.
 const DRAIN: Duration = Duration::from_secs(20);
 
 /// Managers that speak at a time; more are strangers trying keys.
@@ -163,9 +167,14 @@ async fn next_close(close: Option<&mut mpsc::Receiver<Vec<u16>>>) -> Vec<u16> {
 async fn accept_inbound(inbound: Inbound, shared: Arc<Shared>, mut stop: watch::Receiver<bool>) {
     let own = inbound.socket.local_addr();
     let mut connections = JoinSet::new();
+    let last_call = async {
+        stopping(&mut stop).await;
+        tokio::time::sleep(LAST_CALL).await;
+    };
+    tokio::pin!(last_call);
     loop {
         tokio::select! {
-            () = stopping(&mut stop) => break,
+            () = &mut last_call => break,
             Some(ended) = connections.join_next(), if !connections.is_empty() => report_panic(ended),
             accepted = accept(&inbound.socket, &shared) => {
                 let Some((tcp, peer, share)) = accepted else { continue };

@@ -6,7 +6,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{ADA, Client, ada, agent, agent_with, scripted, server, soon};
+use common::{ADA, Client, ada, agent, agent_with, expect, scripted, server, soon};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -322,16 +322,6 @@ async fn interim_answers_trailers_and_early_answers_pass() {
     );
 }
 
-/// Plays a server by hand: reads what it expects, then says something.
-async fn expect(tcp: &mut TcpStream, end: &str) -> String {
-    let mut all = Vec::new();
-    while !all.ends_with(end.as_bytes()) {
-        let size = soon(tcp.read_buf(&mut all)).await.unwrap();
-        assert_ne!(size, 0, "{}", String::from_utf8_lossy(&all));
-    }
-    String::from_utf8(all).unwrap()
-}
-
 #[tokio::test]
 async fn a_client_that_waits_for_100_gets_it_from_who_answers() {
     for fields in ["", ADA] {
@@ -585,29 +575,6 @@ async fn an_unfiltered_intercept_takes_whatever_is_spoken() {
     client.send("\x16anything at all\r\n\r\n").await;
     assert!(client.answer().await.contains("local"));
     assert!(agent.connect().await.get("/", "").await.contains("local"));
-}
-
-#[tokio::test]
-async fn a_stop_ends_what_is_idle_and_lets_the_rest_finish() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let app = common::Server::at(listener.local_addr().unwrap());
-    let mut agent = agent_with(app, server("local").await, Duration::from_secs(15)).await;
-    agent.push(ada(false)).await;
-    let mut busy = agent.connect().await;
-    busy.send("GET / HTTP/1.1\r\nHost: web\r\n\r\n").await;
-    let (mut server, _) = soon(listener.accept()).await.unwrap();
-    expect(&mut server, "\r\n\r\n").await;
-    let mut idle = agent.connect().await;
-    assert!(idle.get("/", ADA).await.contains("local"));
-    agent.stop();
-    assert_eq!(idle.rest().await.unwrap(), "");
-    server
-        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-        .await
-        .unwrap();
-    assert!(busy.answer().await.ends_with("ok"));
-    assert_eq!(busy.rest().await.unwrap(), "");
-    assert!(TcpStream::connect(agent.address).await.is_err());
 }
 
 #[tokio::test]

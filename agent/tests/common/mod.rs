@@ -389,3 +389,13 @@ pub async fn soon<F: Future>(future: F) -> F::Output {
         .await
         .expect("done within 20 s")
 }
+
+/// Plays a server by hand: reads what it expects, then says something.
+pub async fn expect(tcp: &mut TcpStream, end: &str) -> String {
+    let mut all = Vec::new();
+    while !all.ends_with(end.as_bytes()) {
+        let size = soon(tcp.read_buf(&mut all)).await.unwrap();
+        assert_ne!(size, 0, "{}", String::from_utf8_lossy(&all));
+    }
+    String::from_utf8(all).unwrap()
+}
