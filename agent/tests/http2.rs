@@ -16,10 +16,11 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
+use tp_agent::budget::STREAMS;
 use tp_manager_api::sighting::AnsweredBy;
 
 /// Answers `NAME METHOD TARGET SIZE-OF-BODY`, with the trailer `grpc-status`. `/reset` is reset, `/early` is answered
-/// before its body.
+/// before its body, `/deaf` never, and its body is not read; answers to `/many` and `/large` have more before that line.
 async fn h2_server(name: &'static str) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let server = Server::at(listener.local_addr().unwrap());
@@ -43,6 +44,7 @@ async fn serve(tcp: TcpStream, name: &'static str) {
             }
             let size = match head.uri.path() {
                 "/early" => 0,
+                "/deaf" => std::future::pending().await,
                 _ => collect(body).await.unwrap().0.len(),
             };
             let forwarded = head.headers["x-forwarded-for"].to_str().unwrap();
@@ -62,6 +64,9 @@ async fn serve(tcp: TcpStream, name: &'static str) {
                     stream.send_data(word.into(), false).unwrap();
                 }
             }
+            if head.uri.path() == "/large" {
+                stream.send_data(vec![b'x'; LARGE].into(), false).unwrap();
+            }
             stream.send_data(text.into(), false).unwrap();
             let mut trailers = HeaderMap::new();
             trailers.insert("grpc-status", "0".parse().unwrap());
@@ -72,6 +77,9 @@ async fn serve(tcp: TcpStream, name: &'static str) {
 
 /// Short messages of a stream, more than one window has room for.
 const MANY: usize = 20_000;
+
+/// A body that is larger than a window.
+const LARGE: usize = 100_000;
 
 async fn collect(mut body: RecvStream) -> Result<(Vec<u8>, Option<HeaderMap>), h2::Error> {
     let mut all = Vec::new();
@@ -302,6 +310,83 @@ async fn short_messages_pass_in_thousands_both_ways() {
         assert!(text == format!("{words}{said}"), "{} bytes", text.len());
         assert_eq!(trailers.unwrap()["grpc-status"], "0");
     }
+}
+
+#[tokio::test]
+async fn bodies_that_nobody_takes_keep_no_other_stream_waiting() {
+    let agent = agent().await;
+    let requests = client(agent.address).await;
+    let mut stuck = Vec::new();
+    for _ in 0..8 {
+        let mut requests = requests.clone().ready().await.unwrap();
+        let request = request("/deaf", "ada");
+        let (response, mut body) = requests.send_request(request, false).unwrap();
+        body.send_data(vec![b'x'; LARGE].into(), false).unwrap();
+        stuck.push((response, body));
+    }
+    for _ in 0..8 {
+        let text = call(&requests, "/", "eve", &vec![b'x'; LARGE]).await;
+        assert_eq!(text, format!("app POST / {LARGE} for 127.0.0.1"));
+    }
+}
+
+#[tokio::test]
+async fn answers_that_nobody_reads_keep_no_other_stream_waiting() {
+    let agent = agent().await;
+    let tcp = TcpStream::connect(agent.address).await.unwrap();
+    let mut client = h2::client::Builder::new();
+    // It may have all of them waiting, as long as each stays within its own window.
+    client.initial_connection_window_size(1 << 30);
+    let (requests, connection) = client.handshake(tcp).await.unwrap();
+    tokio::spawn(async move { drop(connection.await) });
+    for (user, who) in [("ada", "local"), ("eve", "app")] {
+        let mut stuck = Vec::new();
+        for _ in 0..40 {
+            let mut requests = requests.clone().ready().await.unwrap();
+            let request = request("/large", user);
+            let (response, _) = requests.send_request(request, true).unwrap();
+            stuck.push(soon(response).await.unwrap());
+        }
+        let text = call(&requests, "/large", user, b"x").await;
+        let line = format!("{who} POST /large 1 for 127.0.0.1");
+        assert_eq!(text.trim_start_matches('x'), line);
+        assert_eq!(text.len(), LARGE + line.len());
+    }
+}
+
+/// Opens so many streams that are never answered. They last as long as what is returned.
+async fn deaf(requests: &SendRequest<Bytes>, streams: usize) -> impl Sized + use<> {
+    let mut open = Vec::new();
+    for _ in 0..streams {
+        let mut requests = requests.clone().ready().await.unwrap();
+        let sent = requests.send_request(request("/deaf", "eve"), false);
+        open.push(sent.unwrap());
+    }
+    open
+}
+
+#[tokio::test]
+async fn where_too_many_streams_are_open_each_connection_goes_on_with_a_few() {
+    let agent = agent().await;
+    let mut many = Vec::new();
+    for _ in 0..STREAMS / 100 + 2 {
+        let requests = client(agent.address).await;
+        many.push((deaf(&requests, 100).await, requests));
+    }
+    let requests = client(agent.address).await;
+    let _three = deaf(&requests, 3).await;
+    for _ in 0..20 {
+        let text = call(&requests, "/", "eve", b"x").await;
+        assert_eq!(text, "app POST / 1 for 127.0.0.1");
+    }
+    let fourth = deaf(&requests, 1).await;
+    let waits = call(&requests, "/", "eve", b"x");
+    tokio::pin!(waits);
+    let early = tokio::time::timeout(Duration::from_millis(200), &mut waits).await;
+    assert!(early.is_err(), "{early:?}");
+    drop(many);
+    assert_eq!(soon(waits).await, "app POST / 1 for 127.0.0.1");
+    drop(fourth);
 }
 
 #[tokio::test]

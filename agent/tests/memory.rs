@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, LazyLock};
@@ -58,8 +59,13 @@ impl Process {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
+        let mut intercepts = ada(false);
+        intercepts.as_array_mut().unwrap().push(json!({
+            "id": "uid-eve", "created": 2,
+            "matchers": [{"path": {"exact": "/look"}}, {"graphql": {"operation": "Look"}}]
+        }));
         let ports = pairs().map(|(address, app)| {
-            json!({"listen": address.port(), "app": app.port(), "intercepts": ada(false)})
+            json!({"listen": address.port(), "app": app.port(), "intercepts": intercepts})
         });
         let table = json!({"ports": ports.collect::<Vec<_>>()}).to_string();
         let (routed_tx, mut routed_rx) = mpsc::channel(1);
@@ -82,14 +88,27 @@ impl Process {
         }
     }
 
-    /// It keeps within its budget, and a neighbour is answered.
-    async fn bears(&self, what: &str) {
-        let mut neighbour = Client::to(self.addresses[0]).await;
-        let answer = neighbour.get("/", "").await;
+    /// So many strangers come and stay: a neighbour is answered, and it keeps within its budget.
+    async fn bears(&self, what: &str, number: usize, kind: &Stranger) -> Vec<Box<dyn Send>> {
+        let strangers = (0..number).map(|_| kind.clone().come(self.addresses.clone()));
+        let strangers = strangers.collect::<JoinSet<_>>().join_all().await;
+        let answer = Client::to(self.addresses[0]).await.get("/", "").await;
         assert!(answer.ends_with("xxx"), "{what}: {answer}");
         let held = self.held();
         eprintln!("{what}: {} KiB", held >> 10);
         assert!(held <= BUDGET, "{what}: {held} bytes");
+        strangers
+    }
+
+    /// What strangers held can be used again: while there is none, requests pass unparsed.
+    async fn recovers(&self) {
+        let mine = async || Client::to(self.addresses[0]).await.get("/", ADA).await;
+        soon(async {
+            while !mine().await.contains("local") {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await;
     }
 
     /// The most memory that it ever had beside what it has at rest, in bytes.
@@ -348,75 +367,143 @@ async fn generous_h2() -> SocketAddr {
     address
 }
 
-/// A client of HTTP/2 that opens its windows wide and reads nothing: `streams` requests, each with `body` bytes in frames
-/// of `piece`.
-async fn deaf_h2(address: SocketAddr, streams: u32, body: usize, piece: usize) -> TcpStream {
-    let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
-        let mut frame = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
-        frame.extend([kind, flags]);
-        frame.extend(stream.to_be_bytes());
-        frame.extend_from_slice(payload);
-        frame
-    };
-    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-    // SETTINGS_INITIAL_WINDOW_SIZE, and the connection's window.
-    bytes.extend(frame(4, 0, 0, &[0, 4, 0x7f, 0xff, 0xff, 0xff]));
-    bytes.extend(frame(8, 0, 0, &0x7fff_0000u32.to_be_bytes()));
-    for n in 0..streams {
-        // POST http://a/, in HPACK.
-        let headers = [0x83, 0x86, 0x84, 0x41, 0x01, b'a'];
-        bytes.extend(frame(1, 4, 2 * n + 1, &headers));
-        for piece in vec![b'x'; body].chunks(piece) {
-            bytes.extend(frame(0, 0, 2 * n + 1, piece));
-        }
-    }
-    let mut tcp = TcpStream::connect(address).await.unwrap();
-    // What does not go through within a while is not taken: it is full.
-    let _ = tokio::time::timeout(Duration::from_secs(3), tcp.write_all(&bytes)).await;
-    tcp
+/// A client that says something, and reads nothing.
+#[derive(Clone)]
+enum Stranger {
+    Http1(String),
+    /// With its windows opened wide.
+    Http2(Vec<u8>),
+    /// The same, within the windows that it is granted: so many requests for `path`, each with `body` bytes of JSON and no
+    /// end.
+    Patient {
+        path: &'static str,
+        streams: usize,
+        body: usize,
+    },
 }
 
-/// RFC 9113 §10.5, and the slow clients of every decade.
+impl Stranger {
+    /// Sends `streams` requests, each with `body` bytes in frames of `piece` and no end, whatever it is granted.
+    fn h2(streams: u32, body: usize, piece: usize) -> Self {
+        let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
+            let mut frame = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
+            frame.extend([kind, flags]);
+            frame.extend(stream.to_be_bytes());
+            frame.extend_from_slice(payload);
+            frame
+        };
+        let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        // SETTINGS_INITIAL_WINDOW_SIZE, and the connection's window.
+        bytes.extend(frame(4, 0, 0, &[0, 4, 0x7f, 0xff, 0xff, 0xff]));
+        bytes.extend(frame(8, 0, 0, &0x7fff_0000u32.to_be_bytes()));
+        // POST http://a/, in HPACK.
+        let headers = [0x83, 0x86, 0x84, 0x41, 0x01, b'a'];
+        for n in 0..streams {
+            bytes.extend(frame(1, 4, 2 * n + 1, &headers));
+            for piece in vec![b' '; body].chunks(piece) {
+                bytes.extend(frame(0, 0, 2 * n + 1, piece));
+            }
+        }
+        Self::Http2(bytes)
+    }
+
+    /// To the port of its protocol. It stays until what it returns is dropped.
+    async fn come(self, ports: Vec<SocketAddr>) -> Box<dyn Send> {
+        let (port, said) = match self {
+            Self::Http1(said) => (ports[0], said.into_bytes()),
+            Self::Http2(said) => (ports[1], said),
+            Self::Patient {
+                path,
+                streams,
+                body,
+            } => return Box::new(patient(ports[1], path, streams, body).await),
+        };
+        let mut tcp = TcpStream::connect(port).await.unwrap();
+        // What does not go through within a while is not taken: it is full.
+        let _ = tokio::time::timeout(Duration::from_secs(3), tcp.write_all(&said)).await;
+        Box::new(tcp)
+    }
+}
+
+async fn patient(port: SocketAddr, path: &str, streams: usize, body: usize) -> impl Send + use<> {
+    let tcp = TcpStream::connect(port).await.unwrap();
+    let mut client = h2::client::Builder::new();
+    client
+        .initial_connection_window_size(1 << 30)
+        .initial_window_size(1 << 30);
+    let (mut requests, connection) = client.handshake(tcp).await.unwrap();
+    let mut driver = JoinSet::new();
+    driver.spawn(async move { drop(connection.await) });
+    let mut sending = JoinSet::new();
+    let mut kept = Vec::new();
+    for _ in 0..streams {
+        let request = http::Request::post(format!("http://web{path}"))
+            .header("content-type", "application/json")
+            .body(())
+            .unwrap();
+        requests = requests.ready().await.unwrap();
+        let (response, mut stream) = requests.send_request(request, false).unwrap();
+        kept.push(response);
+        sending.spawn(async move {
+            let mut left = body;
+            while left > 0 {
+                stream.reserve_capacity(left);
+                let room = poll_fn(|cx| stream.poll_capacity(cx)).await;
+                let room = room.unwrap().unwrap();
+                let piece = Bytes::from(vec![b' '; room]);
+                stream.send_data(piece, false).unwrap();
+                left -= room;
+            }
+            stream
+        });
+    }
+    // What does not go through within a while is not taken: it is full.
+    let full = tokio::time::sleep(Duration::from_secs(4));
+    let done = async {
+        let mut done = Vec::new();
+        while let Some(sent) = sending.join_next().await {
+            done.push(sent.unwrap());
+        }
+        done
+    };
+    let sent = tokio::select! {
+        done = done => done,
+        () = full => Vec::new(),
+    };
+    (driver, sending, sent, kept, requests)
+}
+
+/// RFC 9113 §10.5, and the slow clients of every decade: each kind alone, and all of them at a time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_do_not_make_it_hold_more_than_its_budget() {
     let _alone = ALONE.lock().await;
     let local = server("local").await;
     let apps = [generous().await, generous_h2().await];
+    let head = format!("GET / HTTP/1.1\r\nHost: web\r\nX: {}", "a".repeat(60_000));
+    let big = "GET /big HTTP/1.1\r\nHost: web\r\n\r\n".to_owned();
+    let patient = |path, body| Stranger::Patient {
+        path,
+        streams: 100,
+        body,
+    };
+    let kinds = [
+        ("heads that do not end", 400, Stranger::Http1(head)),
+        ("answers that are not read", 400, Stranger::Http1(big)),
+        ("streams without answers", 50, Stranger::h2(128, 0, 1)),
+        ("a byte a frame", 50, Stranger::h2(4, 16_000, 1)),
+        ("bodies that nobody reads", 50, patient("/", 65_535)),
+        ("bodies to look into", 50, patient("/look", 131_070)),
+    ];
+    for (what, number, kind) in &kinds {
+        let agent = Process::start(apps, local.address).await;
+        drop(agent.bears(what, *number, kind).await);
+        agent.recovers().await;
+    }
     let agent = Process::start(apps, local.address).await;
-    let (http1, http2) = (agent.addresses[0], agent.addresses[1]);
     let mut held = Vec::new();
-    let heads = (0..400).map(|_| async move {
-        let mut tcp = TcpStream::connect(http1).await.unwrap();
-        let head = format!("GET / HTTP/1.1\r\nHost: web\r\nX: {}", "a".repeat(60_000));
-        tcp.write_all(head.as_bytes()).await.unwrap();
-        tcp
-    });
-    held.extend(heads.collect::<JoinSet<_>>().join_all().await);
-    agent.bears("heads that do not end").await;
-    let answers = (0..400).map(|_| async move {
-        let mut tcp = TcpStream::connect(http1).await.unwrap();
-        let request = b"GET /big HTTP/1.1\r\nHost: web\r\n\r\n";
-        tcp.write_all(request).await.unwrap();
-        tcp
-    });
-    held.extend(answers.collect::<JoinSet<_>>().join_all().await);
-    agent.bears("answers that are not read").await;
-    let downloads = (0..50).map(|_| deaf_h2(http2, 100, 0, 1));
-    held.extend(downloads.collect::<JoinSet<_>>().join_all().await);
-    agent.bears("streams whose answers are not read").await;
-    let uploads = (0..50).map(|_| deaf_h2(http2, 4, 16_384, 16_384));
-    held.extend(uploads.collect::<JoinSet<_>>().join_all().await);
-    agent.bears("bodies that nobody reads").await;
-    let crumbs = (0..50).map(|_| deaf_h2(http2, 4, 16_384, 1));
-    held.extend(crumbs.collect::<JoinSet<_>>().join_all().await);
-    agent.bears("the same, a byte a frame").await;
+    for (what, number, kind) in &kinds {
+        held.push(agent.bears(what, *number, kind).await);
+    }
     drop(held);
-    // What they held can be used again: while there is none, requests pass unparsed.
-    let mine = async || Client::to(http1).await.get("/", ADA).await;
-    soon(async {
-        while !mine().await.contains("local") {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    })
-    .await;
+    agent.recovers().await;
 }

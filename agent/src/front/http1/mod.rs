@@ -150,6 +150,7 @@ pub(super) async fn serve(
             body: Body::new(request.framing),
             passage,
             buffered: BytesMut::new(),
+            looked_into: None,
             place: &place,
             shared,
             status: AtomicU16::new(0),
@@ -268,6 +269,8 @@ struct Turn<'a> {
     passage: Passage,
     /// The part of the body that a matcher has looked at, as it will be sent.
     buffered: BytesMut,
+    /// For that.
+    looked_into: Option<Share>,
     place: &'a Place,
     shared: &'a Shared,
     /// Of the answer; 0 before it.
@@ -317,9 +320,10 @@ impl Turn<'_> {
     /// Reads the body for the operation in it. A body that is too large or too slow has none.
     async fn operation(&mut self) -> Result<Operation, Then> {
         let nothing = Operation::default();
-        let Some(_share) = self.shared.budget.take(LARGE) else {
+        self.looked_into = self.shared.budget.take(LARGE);
+        if self.looked_into.is_none() {
             return Ok(nothing);
-        };
+        }
         let deadline = tokio::time::Instant::now() + BODY_TIMEOUT;
         let mut piece = BytesMut::new();
         loop {

@@ -10,6 +10,9 @@ use bytes::{Bytes, BytesMut};
 use h2::RecvStream;
 use http::HeaderMap;
 
+use super::windows::Backlog;
+use crate::budget::Share;
+
 /// Pieces shorter than this are copied together.
 const SHORT: usize = 1024;
 
@@ -24,6 +27,9 @@ pub(super) struct Intake {
     waiting: usize,
     /// Of them, how many the sender may have sent again already.
     released: usize,
+    /// For those; the others are in the backlog.
+    share: Option<Share>,
+    backlog: Backlog,
     end: Option<End>,
 }
 
@@ -37,7 +43,8 @@ pub(super) enum End {
 }
 
 impl Intake {
-    pub(super) fn new(body: RecvStream) -> Self {
+    /// `backlog` is of the connection that the body comes from.
+    pub(super) fn new(body: RecvStream, backlog: Backlog) -> Self {
         let end = body.is_end_stream().then_some(End::Plain);
         Self {
             body,
@@ -45,6 +52,8 @@ impl Intake {
             tail: BytesMut::new(),
             waiting: 0,
             released: 0,
+            share: None,
+            backlog,
             end,
         }
     }
@@ -84,8 +93,22 @@ impl Intake {
         }
     }
 
+    /// Takes in everything to the end, for nobody. Cancel safe.
+    pub(super) async fn discard(&mut self) {
+        loop {
+            while self.waiting > 0 {
+                drop(self.take(self.waiting));
+            }
+            if self.has_ended() {
+                return;
+            }
+            self.fill().await;
+        }
+    }
+
     fn push(&mut self, data: Bytes) {
         self.waiting += data.len();
+        self.backlog.add(data.len());
         if data.len() < SHORT {
             self.tail.extend_from_slice(&data);
             return;
@@ -109,21 +132,28 @@ impl Intake {
         self.waiting -= data.len();
         let early = self.released.min(data.len());
         self.released -= early;
-        // Fails only when the stream is gone.
-        let _ = self
-            .body
-            .flow_control()
-            .release_capacity(data.len() - early);
+        if self.released == 0 {
+            self.share = None;
+        }
+        self.release(data.len() - early);
         data
+    }
+
+    /// From now on [`Self::release_all`] may be called; `share` is for what it releases, until all that was taken.
+    pub(super) fn read_ahead(&mut self, share: Share) {
+        self.share = Some(share);
     }
 
     /// Lets the sender go on although what it sent still waits.
     pub(super) fn release_all(&mut self) {
-        let _ = self
-            .body
-            .flow_control()
-            .release_capacity(self.waiting - self.released);
+        self.release(self.waiting - self.released);
         self.released = self.waiting;
+    }
+
+    fn release(&mut self, bytes: usize) {
+        self.backlog.remove(bytes);
+        // Fails only when the stream is gone.
+        let _ = self.body.flow_control().release_capacity(bytes);
     }
 
     /// Everything that waits, copied.
@@ -154,5 +184,11 @@ impl Intake {
             Some(End::Plain | End::Trailers(_)) if self.waiting == 0 => self.end.take(),
             Some(End::Plain | End::Trailers(_)) | None => None,
         }
+    }
+}
+
+impl Drop for Intake {
+    fn drop(&mut self) {
+        self.release(self.waiting - self.released);
     }
 }

@@ -5,7 +5,10 @@
 
 mod intake;
 mod message;
+mod paced;
 mod queued;
+mod slots;
+mod windows;
 
 use std::collections::{HashMap, hash_map};
 use std::future::poll_fn;
@@ -36,7 +39,10 @@ use crate::socket::Socket;
 use crate::upstream::Dialing;
 use intake::{End, Intake};
 use message::to_match;
+use paced::{FRAMES_AT_ONCE, PREFACE, Paced};
 use queued::{QUEUE, Queue, Queued, Room};
+use slots::Slots;
+use windows::{Backlog, Window};
 
 /// Streams that a stranger may have open on one connection.
 const STREAMS_MAX: u32 = 128;
@@ -44,24 +50,23 @@ const STREAMS_MAX: u32 = 128;
 /// Decoded bytes of a header.
 const HEADER_MAX: u32 = 64 * 1024;
 
-/// What each side of one connection may make us hold of what it sends: what HTTP/2 begins with. In a pod's network the way
-/// is short.
+/// What each side of one connection may send at a time, on one stream or on all of them: what HTTP/2 begins with. In a
+/// pod's network the way is short.
 const WINDOW: u32 = 65_535;
 
 /// The same for a workstation, which is far away. Taken only where the budget has room for it.
 const FAR_WINDOW: u32 = 1 << 20;
 
-/// What h2 reckons for small DATA frames that nobody has read, 256 bytes each. Its default ends a connection at 127 of them
-/// with such windows, and a gRPC stream of short messages has more in one segment; with this the window ends first, for
-/// frames of four bytes and more; and what has come is taken out at once (`intake.rs`).
-const FRAMES_BUDGET: usize = 4 << 20;
+/// What h2 reckons for small DATA frames that nobody has read, 256 bytes each; beyond it the connection ends. What comes is
+/// taken out at once (`intake.rs`), so only streams that wait for a slot have any left after they came.
+const FRAMES_BUDGET: usize = 2 * FRAMES_AT_ONCE * 256;
 
 /// Bytes handed to h2 at a time.
 const PIECE: usize = 16 * 1024;
 
-/// What one connection is charged: the windows that we grant to both sides, what waits to be written to them, and the
-/// connections themselves.
-pub(super) const CHARGE: usize = 2 * (WINDOW as usize + QUEUE) + 32 * 1024;
+/// What one connection is charged: the windows that we grant to both sides, what waits to be written to them, its first
+/// streams, and the connections themselves.
+pub(super) const CHARGE: usize = 2 * (WINDOW as usize + QUEUE) + slots::CHARGE + 32 * 1024;
 
 /// How long a body that a matcher asks for may take. After it the request is nobody's.
 const BODY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -93,9 +98,13 @@ pub(super) async fn serve(
     };
     let mut builder = h2::server::Builder::new();
     bounded!(builder, WINDOW).max_concurrent_streams(STREAMS_MAX);
+    let io = Paced::new(io, PREFACE);
     let Ok(mut connection) = builder.handshake::<_, Queued>(io).await else {
         return;
     };
+    let from_client = Backlog::default();
+    let mut window = Window::new(WINDOW, from_client.clone(), Arc::clone(&shared));
+    let mut slots = Slots::new(Arc::clone(&shared));
     let (drivers_tx, mut drivers) = mpsc::channel(DRIVERS);
     let peers = Arc::new(Peers {
         place,
@@ -103,6 +112,7 @@ pub(super) async fn serve(
         spare: Mutex::new(app),
         open: Mutex::default(),
         drivers: drivers_tx,
+        from_client,
         to_client: Queue::new(),
     });
     // All in this one task: a request crosses no thread on its way.
@@ -110,21 +120,22 @@ pub(super) async fn serve(
     let mut given_up = GivenUp::default();
     let (mut stop, mut leaving) = (peers.shared.stop.clone(), false);
     loop {
+        let accept = poll_fn(|cx| {
+            if let Some(size) = window.fit(cx) {
+                connection.set_target_window_size(size);
+            }
+            match slots.poll_ready(cx) {
+                Poll::Ready(()) => connection.poll_accept(cx),
+                Poll::Pending => connection.poll_closed(cx).map(|_| None),
+            }
+        });
         tokio::select! {
+            // In this order: what came is taken before more comes.
+            biased;
             () = stopping(&mut stop), if !leaving => {
                 leaving = true;
                 connection.graceful_shutdown();
             }
-            accepted = connection.accept() => match accepted {
-                Some(Ok((request, respond))) => {
-                    let peers = Arc::clone(&peers);
-                    running.push(Box::pin(async move {
-                        peers.stream(request, respond).await
-                    }));
-                }
-                Some(Err(_)) | None => break,
-            },
-            Some(driver) = drivers.recv() => running.push(driver),
             Some(ended) = running.next(), if !running.is_empty() => match ended {
                 // As the client would have seen it: no new requests, and the end of the open ones.
                 Ended::App => connection.graceful_shutdown(),
@@ -135,6 +146,17 @@ pub(super) async fn serve(
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
                 }
+            },
+            Some(driver) = drivers.recv() => running.push(driver),
+            accepted = accept => match accepted {
+                Some(Ok((request, respond))) => {
+                    let (peers, slot) = (Arc::clone(&peers), slots.take());
+                    running.push(Box::pin(async move {
+                        let _slot = slot;
+                        peers.stream(request, respond).await
+                    }));
+                }
+                Some(Err(_)) | None => break,
             },
         }
     }
@@ -186,6 +208,8 @@ struct Peers {
     open: Mutex<HashMap<String, Opening>>,
     /// Connections to be opened and driven beside the streams.
     drivers: mpsc::Sender<BoxFuture<'static, Ended>>,
+    /// What the client sent and nobody took yet.
+    from_client: Backlog,
     /// What waits to be written to the client.
     to_client: Queue,
 }
@@ -196,6 +220,8 @@ struct Peer {
     requests: SendRequest<Queued>,
     /// What waits to be written to it.
     queue: Queue,
+    /// What it sent and the client did not take yet.
+    backlog: Backlog,
 }
 
 /// A connection that is up or coming up. Streams that want it at the same time wait for it together, and fail together.
@@ -233,7 +259,7 @@ impl Peers {
         mut respond: SendResponse<Queued>,
     ) -> Ended {
         let (head, body) = request.into_parts();
-        let mut body = Intake::new(body);
+        let mut body = Intake::new(body, self.from_client.clone());
         if head.method == Method::CONNECT {
             answer(&mut respond, StatusCode::NOT_IMPLEMENTED, "no CONNECT here");
             return Ended::Stream;
@@ -277,7 +303,7 @@ impl Peers {
                     mine,
                     status: &status,
                 };
-                exchange.run(peer, request, body).await
+                exchange.run(peer, request, &mut body).await
             }
             Err(Unreachable) if mine => {
                 answer(&mut respond, StatusCode::BAD_GATEWAY, GONE);
@@ -303,9 +329,10 @@ impl Peers {
 
     /// Reads the body for the operation in it; a body that is too large or too slow has none.
     async fn operation(&self, body: &mut Intake) -> Operation {
-        let Some(_share) = self.shared.budget.take(LARGE) else {
+        let Some(share) = self.shared.budget.take(LARGE) else {
             return Operation::default();
         };
+        body.read_ahead(share);
         let read = async {
             while !body.has_ended() && body.waiting() <= BODY_MAX {
                 body.fill().await;
@@ -326,12 +353,12 @@ impl Peers {
         for _ in 0..2 {
             let opening = self.opening(whose).await?;
             let opened = opening.clone().await;
-            let Some(Peer { requests, queue }) = opened else {
+            let Some(peer) = opened else {
                 self.forget(whose, &opening);
                 break;
             };
-            match requests.ready().await {
-                Ok(requests) => return Ok(Peer { requests, queue }),
+            match peer.requests.ready().await {
+                Ok(requests) => return Ok(Peer { requests, ..peer }),
                 Err(_) => self.forget(whose, &opening),
             }
         }
@@ -373,7 +400,7 @@ impl Peers {
     }
 
     fn to_app(&self, peer: oneshot::Sender<Peer>) -> BoxFuture<'static, Ended> {
-        let place = self.place.clone();
+        let (place, shared) = (self.place.clone(), Arc::clone(&self.shared));
         let spare = self
             .spare
             .lock()
@@ -386,7 +413,7 @@ impl Peers {
             };
             match dialed {
                 Ok(socket) => {
-                    speak(socket, WINDOW, peer).await;
+                    speak(socket, WINDOW, shared, peer).await;
                     Ended::App
                 }
                 Err(error) => {
@@ -405,10 +432,10 @@ impl Peers {
         let (live, client, shared) = (live.clone(), self.place.peer, Arc::clone(&self.shared));
         Box::pin(async move {
             if let Ok(flow) = open(&live, client).await {
-                let share = shared.budget.take(FAR_WINDOW as usize);
+                let share = shared.budget.take_spare(FAR_WINDOW as usize);
                 let window = if share.is_some() { FAR_WINDOW } else { WINDOW };
                 let (rx, tx) = flow.into_io();
-                speak(tokio::io::join(rx, tx), window, peer).await;
+                speak(tokio::io::join(rx, tx), window, shared, peer).await;
             }
             Ended::Workstation
         })
@@ -416,18 +443,28 @@ impl Peers {
 }
 
 /// Drives a connection of which we are the client to its end; `peer` is told once it takes streams.
-async fn speak(io: impl ByteStream, window: u32, peer: oneshot::Sender<Peer>) {
+async fn speak(io: impl ByteStream, window: u32, shared: Arc<Shared>, peer: oneshot::Sender<Peer>) {
     let mut builder = h2::client::Builder::new();
     bounded!(builder, window).enable_push(false);
+    let io = Paced::new(io, 0);
     let shaken = builder.handshake::<_, Queued>(io).await;
-    let Ok((requests, connection)) = shaken else {
+    let Ok((requests, mut connection)) = shaken else {
         return;
     };
+    let backlog = Backlog::default();
+    let mut window = Window::new(window, backlog.clone(), shared);
     let _ = peer.send(Peer {
         requests,
         queue: Queue::new(),
+        backlog,
     });
-    if let Err(error) = connection.await {
+    let driven = poll_fn(|cx| {
+        if let Some(size) = window.fit(cx) {
+            connection.set_target_window_size(size);
+        }
+        connection.poll_unpin(cx)
+    });
+    if let Err(error) = driven.await {
         tracing::debug!(%error, "upstream connection ended");
     }
 }
@@ -459,9 +496,9 @@ struct Exchange<'a> {
 }
 
 impl Exchange<'_> {
-    async fn run(mut self, mut peer: Peer, request: Request<()>, body: Intake) -> Ended {
+    async fn run(mut self, mut peer: Peer, request: Request<()>, body: &mut Intake) -> Ended {
         let empty = body.is_done();
-        let (mut response, to_peer) = match peer.requests.send_request(request, empty) {
+        let (mut response, mut to_peer) = match peer.requests.send_request(request, empty) {
             Ok(sent) => sent,
             Err(error) => {
                 self.fail(&error);
@@ -469,10 +506,14 @@ impl Exchange<'_> {
             }
         };
         let upload = async {
-            match empty {
+            let uploaded = match empty {
                 true => Ok(()),
-                false => pump(body, to_peer, &peer.queue).await,
+                false => pump(body, &mut to_peer, &peer.queue).await,
+            };
+            if let Err(Pumped::Deaf) = uploaded {
+                body.discard().await;
             }
+            uploaded
         };
         let download = async {
             let answered = poll_fn(|cx| self.poll_head(cx, &mut response)).await;
@@ -491,10 +532,11 @@ impl Exchange<'_> {
             }
             let empty = body.is_end_stream();
             let response = Response::from_parts(head, ());
-            if let Ok(to_client) = self.respond.send_response(response, empty)
+            if let Ok(mut to_client) = self.respond.send_response(response, empty)
                 && !empty
             {
-                let _ = pump(Intake::new(body), to_client, &self.to_client).await;
+                let mut body = Intake::new(body, peer.backlog.clone());
+                let _ = pump(&mut body, &mut to_client, &self.to_client).await;
             }
             Ended::Stream
         };
@@ -550,13 +592,13 @@ enum Pumped {
 }
 
 /// Moves the data and the trailers of one direction, no more than the windows of both sides allow.
-async fn pump(mut from: Intake, mut to: SendStream<Queued>, queue: &Queue) -> Result<(), Pumped> {
+async fn pump(from: &mut Intake, to: &mut SendStream<Queued>, queue: &Queue) -> Result<(), Pumped> {
     loop {
         if let Some(end) = from.take_end() {
             let told = match end {
                 End::Plain => to.send_data(Bytes::new().into(), true),
                 End::Trailers(trailers) => to.send_trailers(trailers),
-                End::Failed(error) => return Err(lost(&mut to, &error)),
+                End::Failed(error) => return Err(lost(to, &error)),
             };
             return told.map_err(|_| Pumped::Deaf);
         }
@@ -564,9 +606,9 @@ async fn pump(mut from: Intake, mut to: SendStream<Queued>, queue: &Queue) -> Re
         tokio::select! {
             biased;
             () = from.fill() => {}
-            room = room(&mut to, queue, wanted) => {
+            room = room(to, queue, wanted) => {
                 let room = room?;
-                let piece = room.of(&mut from);
+                let piece = room.of(from);
                 let last = from.is_done();
                 to.send_data(piece, last).map_err(|_| Pumped::Deaf)?;
                 if last {
