@@ -128,6 +128,8 @@ fn the_managers_death_takes_no_request_and_no_intercept_along() {
         return;
     };
     for seed in seeds(10) {
+        // The kubelet waits longer each time before it restarts a container of the same pod.
+        cluster.roll("tp-system", "deployment/tp-manager");
         let scene = Scene::new(&cluster, seed);
         let local = scene.serve(Duration::from_millis(10));
         scene.intercept(local.port);
