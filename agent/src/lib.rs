@@ -35,6 +35,7 @@ pub mod budget;
 pub mod bypass;
 pub mod datagrams;
 pub mod front;
+pub mod handover;
 pub mod heartbeat;
 pub mod parent;
 pub mod passing;

@@ -8,15 +8,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use tokio::net::TcpListener;
-use tokio::net::unix::pipe;
+use tokio::net::{TcpListener, UnixStream};
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tp_agent::heartbeat::{Heard, Parent, Word};
+use tp_agent::parent::{self, Sockets};
 use tp_agent::redirect::Redirect;
 use tp_agent::worker::{self, Destination, Inbound, Listeners, Worker};
-use tp_agent::{heartbeat, parent};
+use tp_agent::{handover, heartbeat};
 use tp_manager_api::AGENT_RETIRE;
 use tp_manager_api::route_table::LEASE;
 use tp_tunnel::{Identity, KeyHash};
@@ -130,14 +130,14 @@ fn run(arguments: Arguments) -> Result<()> {
         return end(process);
     }
     match arguments.redirected {
-        Some(address) if !arguments.worker => supervise(address.port()),
+        Some(redirected) if !arguments.worker => supervise(redirected, arguments.control),
         Some(_) | None => serve(arguments),
     }
 }
 
 /// The parent: the rule, and a worker with the same arguments.
-fn supervise(redirected: u16) -> Result<()> {
-    let redirect = Redirect::install(redirected)
+fn supervise(redirected: SocketAddr, control: SocketAddr) -> Result<()> {
+    let redirect = Redirect::install(redirected.port())
         .context("cannot install the redirecting rule, which needs NET_ADMIN and nf_tables")?;
     // Whatever it starts stays without privileges.
     rustix::thread::set_no_new_privs(true).context("cannot give up new privileges")?;
@@ -162,7 +162,11 @@ fn supervise(redirected: u16) -> Result<()> {
             let terminated = async move {
                 terminate.recv().await;
             };
-            parent::run(redirect, worker, end, terminated)
+            let sockets = Sockets {
+                redirected: bind(redirected).await?.into_std()?,
+                control: bind(control).await?.into_std()?,
+            };
+            parent::run(redirect, sockets, worker, end, terminated)
                 .await
                 .context("the packet filter or the worker failed")
         })
@@ -190,31 +194,20 @@ fn serve(arguments: Arguments) -> Result<()> {
 
 async fn work(arguments: Arguments) -> Result<()> {
     let identity = identity()?;
-    let control = bind(arguments.control).await?;
-    let mut inbound = Vec::new();
-    if let Some(address) = arguments.redirected {
-        inbound.push(Inbound {
-            socket: bind(address).await?,
-            destination: Destination::Redirected,
-        });
-    }
-    for (own, destination) in arguments.listen {
-        inbound.push(Inbound {
-            socket: bind(own).await?,
-            destination,
-        });
-    }
-    for listener in &inbound {
+    let (listeners, pipe) = match arguments.worker {
+        true => {
+            let (listeners, pipe) = inherited().context("the parent gave nothing to do")?;
+            (listeners, Some(pipe))
+        }
+        false => (bound(arguments.control, arguments.listen).await?, None),
+    };
+    for listener in &listeners.inbound {
         tracing::info!(address = ?listener.socket.local_addr().ok(), "inbound");
     }
-    tracing::info!(address = ?control.local_addr().ok(), key = %identity.key_hash(), "control");
+    tracing::info!(address = ?listeners.control.local_addr().ok(), key = %identity.key_hash(), "control");
     let mut terminate = signal(SignalKind::terminate()).context("no signal handler")?;
     let supervised = arguments.worker;
     let (heard_tx, heard) = watch::channel(Heard::default());
-    let pipe = match supervised {
-        true => Some(input().context("the parent's pipe is missing")?),
-        false => None,
-    };
     let stopped = async move {
         let parent = async {
             match pipe {
@@ -228,7 +221,7 @@ async fn work(arguments: Arguments) -> Result<()> {
         }
     };
     let worker = Worker {
-        listeners: Listeners { inbound, control },
+        listeners,
         identity,
         manager: arguments.manager_key,
         lease: Duration::from_secs(arguments.lease),
@@ -243,9 +236,35 @@ async fn work(arguments: Arguments) -> Result<()> {
     served.await.context("the parent is gone")
 }
 
-/// The pipe from the parent.
-fn input() -> std::io::Result<pipe::Receiver> {
-    pipe::Receiver::from_owned_fd(std::io::stdin().as_fd().try_clone_to_owned()?)
+/// The parent's sockets, and the pipe from it.
+fn inherited() -> std::io::Result<(Listeners, UnixStream)> {
+    let pipe = std::io::stdin().as_fd().try_clone_to_owned()?;
+    let sockets = handover::take(&pipe)?;
+    let pipe = std::os::unix::net::UnixStream::from(pipe);
+    pipe.set_nonblocking(true)?;
+    let redirected = Inbound {
+        socket: TcpListener::from_std(sockets.redirected)?,
+        destination: Destination::Redirected,
+    };
+    let listeners = Listeners {
+        inbound: vec![redirected],
+        control: TcpListener::from_std(sockets.control)?,
+    };
+    Ok((listeners, UnixStream::from_std(pipe)?))
+}
+
+/// Sockets of our own, where nobody redirects.
+async fn bound(control: SocketAddr, listen: Vec<(SocketAddr, Destination)>) -> Result<Listeners> {
+    let mut inbound = Vec::new();
+    for (own, destination) in listen {
+        let socket = bind(own).await?;
+        inbound.push(Inbound {
+            socket,
+            destination,
+        });
+    }
+    let control = bind(control).await?;
+    Ok(Listeners { inbound, control })
 }
 
 /// All addresses of IPv6 stand for those of IPv4 too, and for them alone where there is no IPv6.

@@ -7,13 +7,18 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net;
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncWriteExt, BufReader};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::net::UnixStream;
+use tokio::process::{Child, ChildStdout, Command};
 
 use crate::bypass;
+use crate::handover;
 use crate::heartbeat::{Ports, Word, next};
 use crate::redirect::Redirect;
 
@@ -34,9 +39,19 @@ const REST: Duration = Duration::from_millis(200);
 /// How long a worker may take to stop, its drain included.
 const STOP: Duration = Duration::from_secs(25);
 
+/// What every worker listens on.
+#[derive(Debug)]
+pub struct Sockets {
+    /// Where the kernel sends connections that it redirects.
+    pub redirected: TcpListener,
+    /// Where the manager connects.
+    pub control: TcpListener,
+}
+
 /// Keeps a worker running and the rule true, until `shutdown`. `worker` makes the command line of one.
 pub async fn run(
     mut redirect: Redirect,
+    sockets: Sockets,
     worker: impl Fn() -> Command,
     end: impl Fn(u32) -> Command,
     shutdown: impl Future<Output = ()>,
@@ -44,14 +59,11 @@ pub async fn run(
     tokio::pin!(shutdown);
     let mut crashes = Crashes::default();
     loop {
-        let mut child = start(worker())?;
-        // Waiting for a child closes its input, which would ask it to stop.
-        let mut input = child.stdin.take();
+        let (mut child, mut input) = start_worker(worker(), &sockets)?;
         let mut lines = child.stdout.take().map(BufReader::new);
-        let pipes = input.as_mut().zip(lines.as_mut());
         let stopped = tokio::select! {
             () = &mut shutdown => true,
-            why = follow(&mut child, pipes, &mut redirect) => {
+            why = follow(&mut child, &mut input, lines.as_mut(), &mut redirect) => {
                 tracing::error!("worker failed: {why}");
                 false
             }
@@ -60,6 +72,8 @@ pub async fn run(
         redirect.refresh(&Ports::default())?;
         match stopped {
             true => {
+                // The last word about what is still accepted is the worker's.
+                drop(sockets);
                 stop(&mut child, input, &end).await;
                 return redirect.remove();
             }
@@ -67,6 +81,7 @@ pub async fn run(
         }
         if crashes.one_more(Instant::now()) {
             tracing::error!("the worker fails again and again; nothing is redirected any more");
+            drop(sockets);
             shutdown.await;
             return redirect.remove();
         }
@@ -77,26 +92,33 @@ pub async fn run(
     }
 }
 
+/// A worker, and the pipe that asks it to stop when it is closed.
+fn start_worker(mut command: Command, sockets: &Sockets) -> io::Result<(Child, UnixStream)> {
+    let (ours, workers) = net::UnixStream::pair()?;
+    handover::give(&ours, sockets)?;
+    ours.set_nonblocking(true)?;
+    command.stdin(OwnedFd::from(workers)).stdout(Stdio::piped());
+    Ok((start(command)?, UnixStream::from_std(ours)?))
+}
+
+/// As the worker's user.
 fn start(mut command: Command) -> io::Result<Child> {
     if rustix::process::geteuid().is_root() {
         command.uid(WORKER).gid(WORKER);
     }
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
+    command.kill_on_drop(true).spawn()
 }
 
 /// Refreshes the rule with what the worker says, and answers that it has. Returns when the worker has failed,
 /// and why.
 async fn follow(
     child: &mut Child,
-    pipes: Option<(&mut ChildStdin, &mut BufReader<ChildStdout>)>,
+    input: &mut UnixStream,
+    lines: Option<&mut BufReader<ChildStdout>>,
     redirect: &mut Redirect,
 ) -> String {
-    let Some((input, lines)) = pipes else {
-        return "it has no pipes".to_owned();
+    let Some(lines) = lines else {
+        return "it has no voice".to_owned();
     };
     // Nothing is redirected before the first word.
     let mut redirected = Ports::default();
@@ -144,7 +166,7 @@ fn ended_by(ended: io::Result<ExitStatus>) -> String {
 }
 
 /// Asks the worker to stop, and ends it when it does not.
-async fn stop(child: &mut Child, input: Option<ChildStdin>, end: &impl Fn(u32) -> Command) {
+async fn stop(child: &mut Child, input: UnixStream, end: &impl Fn(u32) -> Command) {
     drop(input);
     if tokio::time::timeout(STOP, child.wait()).await.is_err() {
         end_now(child, end).await;

@@ -1,7 +1,5 @@
 //! HTTP/1 through the agent: each request to whom it belongs, and what is in doubt to nobody.
 
-#![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
-
 mod common;
 
 use std::time::{Duration, Instant};

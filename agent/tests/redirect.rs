@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use common::pod::{Pod, dial, in_a_pod, until};
-use common::{Client, ada, server, workstation};
+use common::{Client, ada, server, soon, workstation};
 use http::{Method, StatusCode};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tp_tunnel::{Identity, Tunnel};
 
 const APP: &str = "
@@ -217,8 +218,20 @@ async fn redirected(pod: &mut Pod) {
         assert!(status.contains(line), "{line}\n{status}");
     }
 
-    // The worker alone: the parent removes the ports at once and starts another.
+    // The worker alone: the parent removes the ports at once and starts another, which serves whoever waits for it.
+    signal(worker, Signal::STOP);
+    let waiting: JoinSet<_> = (0..20).map(|_| get("")).collect();
+    until("the kernel has accepted them", second, async || {
+        let accepted = pod.command("ss").args(["-Htln", "sport = :15006"]).output();
+        let accepted = String::from_utf8(accepted.unwrap().stdout).unwrap();
+        accepted.split_whitespace().nth(1) == Some("20")
+    })
+    .await;
     signal(worker, Signal::KILL);
+    for body in soon(waiting.join_all()).await {
+        let body = body.unwrap();
+        assert!(body.starts_with("app for None"), "{body}");
+    }
     let gap = until("the application answers", 3 * second, async || {
         get("").await.is_ok_and(|body| body == DIRECT)
     })
