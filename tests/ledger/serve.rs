@@ -8,13 +8,17 @@ use std::time::Duration;
 use anyhow::Context as _;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
-use http::{HeaderMap, Response, StatusCode};
+use http::header::CONNECTION;
+use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tp_tests::ledger::{Event, INSTANCE_HEADER, Label, Ledger, REQUEST_HEADER};
 
 use crate::load::{read_body, send_data};
@@ -27,36 +31,73 @@ pub(crate) struct Server {
     pub(crate) delay: Duration,
 }
 
-/// Accepts until the process is ended.
+/// How long nobody must have come before a server that is to end does.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Accepts until SIGTERM, and then for as long as somebody comes: Services forget a pod only some time after it was told to
+/// end. Meanwhile HTTP/2 connections are told to go (RFC 9113 §6.8), and those of HTTP/1 with their next answer.
 pub(crate) async fn run(server: Arc<Server>, address: &str) -> anyhow::Result<()> {
     let listener = TcpListener::bind(address).await?;
     writeln!(std::io::stdout(), "{}", listener.local_addr()?)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let ending = CancellationToken::new();
+    let mut connections = JoinSet::new();
     loop {
-        let (stream, _) = listener.accept().await?;
-        let server = Arc::clone(&server);
-        // A client that went away is in its own ledger.
-        tokio::spawn(async move { server.connection(stream).await });
+        let quiet = async {
+            ending.cancelled().await;
+            tokio::time::sleep(QUIET).await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => ending.cancel(),
+            // A client that went away is in its own ledger.
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => {
+                let (stream, _) = accepted?;
+                let (server, ending) = (Arc::clone(&server), ending.clone());
+                connections.spawn(async move { server.connection(stream, ending).await });
+            }
+            () = quiet, if connections.is_empty() => return Ok(()),
+        }
     }
 }
 
 impl Server {
-    async fn connection(self: Arc<Self>, mut stream: TcpStream) -> anyhow::Result<()> {
+    async fn connection(
+        self: Arc<Self>,
+        mut stream: TcpStream,
+        ending: CancellationToken,
+    ) -> anyhow::Result<()> {
         stream.set_nodelay(true)?;
         if begins_as_http2(&stream).await? {
             let mut connection = h2::server::handshake(stream).await?;
-            while let Some(accepted) = connection.accept().await {
+            let mut told = false;
+            loop {
+                let accepted = tokio::select! {
+                    () = ending.cancelled(), if !told => {
+                        told = true;
+                        connection.graceful_shutdown();
+                        continue;
+                    }
+                    accepted = connection.accept() => accepted,
+                };
+                let Some(accepted) = accepted else {
+                    return Ok(());
+                };
                 let (request, respond) = accepted?;
                 let server = Arc::clone(&self);
                 tokio::spawn(async move { server.stream(request, respond).await });
             }
-            return Ok(());
         }
         let service = service_fn(|request: hyper::Request<hyper::body::Incoming>| async {
             let (head, body) = request.into_parts();
-            let reply = match body.collect().await {
+            let mut reply = match body.collect().await {
                 Ok(body) => self.answer(&head.headers, &body.to_bytes()).await,
                 Err(_) => refusal("the body ended early"),
             };
+            if ending.is_cancelled() {
+                let close = HeaderValue::from_static("close");
+                reply.headers_mut().insert(CONNECTION, close);
+            }
             Ok::<_, Infallible>(reply.map(|body| self.slowly(body)))
         });
         let io = TokioIo::new(&mut stream);

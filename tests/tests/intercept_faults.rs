@@ -62,7 +62,7 @@ fn a_workstation_that_dies_costs_no_more_than_what_it_held() {
         let report = scene.report(load, Some(killed..u64::MAX));
         report.assert_clean(seed, u64::from(2 * FLOWS));
         assert!(report.mine > 50, "{} reached the laptop", report.mine);
-        assert_eq!(report.errors_after(killed + 3_000), 0);
+        report.assert_no_error_after(seed, killed + 3_000);
     }
 }
 
@@ -89,7 +89,7 @@ fn a_workstation_that_sleeps_gets_nothing_new_nothing_twice_and_nothing_that_has
         scene.book.see_sent(200);
         let report = scene.report(load, Some(asleep..awake));
         report.assert_clean(seed, u64::from(2 * FLOWS));
-        assert_eq!(report.errors_after(asleep + 4_000), 0);
+        report.assert_no_error_after(seed, asleep + 4_000);
         assert!(report.stale.is_empty(), "seed {seed}: {:?}", report.stale);
     }
 }

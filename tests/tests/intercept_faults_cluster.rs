@@ -28,9 +28,10 @@ fn a_workers_death_costs_no_more_than_what_it_held() {
 
         let back = scene.until_mine_return(Duration::from_secs(5));
         scene.book.see_sent(200);
-        let report = scene.report(load, Some(killed..back));
+        // What no worker had taken by then waits for the next one, which has no routes yet.
+        let report = scene.report(load, Some(killed - ON_THE_WAY..back));
         report.assert_clean(seed, u64::from(2 * FLOWS));
-        assert_eq!(report.errors_after(killed + 500), 0);
+        report.assert_no_error_after(seed, killed + 500);
     }
 }
 
@@ -50,6 +51,7 @@ fn an_agents_death_leaves_the_application_to_everybody() {
         assert!(agents.len() >= 4, "a parent and a worker in each pod");
         let killed = now();
         kill_all(&agents);
+        let dead = now();
 
         let back = scene.until_mine_return(Duration::from_secs(30));
         scene.book.see_sent(200);
@@ -58,7 +60,7 @@ fn an_agents_death_leaves_the_application_to_everybody() {
         // that has lost its own tries at its pace.
         let most = u64::from(2 * PER_SECOND) * 7 / 2;
         report.assert_clean(seed, most);
-        assert_eq!(report.errors_after(killed + 3_500), 0);
+        report.assert_no_error_after(seed, dead + 3_500);
     }
 }
 
@@ -113,12 +115,21 @@ fn an_application_that_restarts_under_its_agent_takes_nothing_of_mine_along() {
         eprintln!("it was back after {took:?}");
         let back = now();
         scene.book.see_sent(200);
-        // Mine go to the laptop all the time, whoever has died behind the agent.
         let report = scene.report(load, None);
         let refused_for = took.as_secs() + 1;
         report.assert_clean(seed, u64::from(PER_SECOND) * refused_for);
-        assert_eq!(report.mine_failed, 0);
-        assert_eq!(report.errors_after(back), 0);
+        // Mine go to the laptop all the time, whoever has died behind the agent. But a kept connection that had others'
+        // answers ends with the application's, and what is sent at that moment ends with it (RFC 9112 §9.5).
+        let crossed =
+            |(_, error): &&(_, String)| error == "connection closed before message completed";
+        let failed: Vec<_> = report
+            .mine_failed
+            .iter()
+            .filter(|failed| !crossed(failed))
+            .collect();
+        assert!(failed.is_empty(), "seed {seed}: {failed:?}");
+        assert!(report.mine_failed.len() <= FLOWS as usize, "seed {seed}");
+        report.assert_no_error_after(seed, back);
     }
 }
 
@@ -180,6 +191,9 @@ fn a_rollout_of_the_manager_costs_nobody_a_request() {
         assert!(report.mine > 100, "{} reached the laptop", report.mine);
     }
 }
+
+/// For so long a request may have been on its way to an agent, in milliseconds.
+const ON_THE_WAY: u64 = 1_000;
 
 fn is_worker(pid: u32) -> bool {
     let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -265,8 +265,8 @@ spec:
   template:
     metadata: {labels: {app: $NAME}}
     spec:
-      # It takes no notice of SIGTERM, so it serves until Services have forgotten its pod.
-      terminationGracePeriodSeconds: 3
+      # It ends by itself once Services have forgotten its pod.
+      terminationGracePeriodSeconds: 15
       containers:
       - name: app
         image: lab.local/ledger:lab

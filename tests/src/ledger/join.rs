@@ -73,8 +73,8 @@ pub struct Report {
     pub fallbacks: u64,
     /// Mine that the workstation answered.
     pub mine: u64,
-    /// Mine that ended with an error.
-    pub mine_failed: u64,
+    /// Mine that ended with an error, and with which.
+    pub mine_failed: Vec<(Id, String)>,
     /// Requests that a server got after their client had been told of an error: nobody waits for their effect any more.
     pub stale: Vec<Id>,
     /// The others' request that took longest, and how long.
@@ -90,12 +90,24 @@ impl Report {
     }
 
     /// Clean errors of requests that were sent after that time, in milliseconds since 1970.
-    pub fn errors_after(&self, time: u64) -> usize {
+    pub fn errors_after(&self, time: u64) -> Vec<&Finding> {
         let errors = self.findings.iter();
         errors
             .filter(|finding| finding.class == Class::CleanError)
             .filter(|finding| finding.records[0].at > time)
-            .count()
+            .collect()
+    }
+
+    /// Panics if a request that was sent after that time ended with an error, and says what became of it.
+    #[track_caller]
+    pub fn assert_no_error_after(&self, seed: u64, time: u64) {
+        let late = self.errors_after(time);
+        let few: Vec<_> = late.iter().take(3).collect();
+        assert!(
+            late.is_empty(),
+            "seed {seed}: {} errors of requests sent after {time}\n{few:#?}",
+            late.len()
+        );
     }
 
     /// The gate of every scenario: nothing lost, doubled, misrouted, damaged or hung, and at most so many clean errors.
@@ -136,7 +148,9 @@ pub fn join(records: impl IntoIterator<Item = Record>, expected: &Expectation) -
         *report.counts.entry(class).or_default() += 1;
         report.fallbacks += u64::from(request.fallback());
         report.mine += u64::from(request.answered_by(&expected.mine));
-        report.mine_failed += u64::from(request.is_mine() && request.failed.is_some());
+        if let Some((_, error)) = request.failed.filter(|_| request.is_mine()) {
+            report.mine_failed.push((id, error.to_owned()));
+        }
         if request.stale() {
             report.stale.push(id);
         }
@@ -155,7 +169,7 @@ pub fn join(records: impl IntoIterator<Item = Record>, expected: &Expectation) -
 struct Request<'a> {
     sent: Option<(u64, bool)>,
     answer: Option<(u64, &'a str, bool, bool)>,
-    failed: Option<u64>,
+    failed: Option<(u64, &'a str)>,
     received: Vec<(&'a str, bool)>,
     received_last: Option<u64>,
 }
@@ -177,7 +191,7 @@ impl<'a> Request<'a> {
                 } => {
                     request.answer = Some((record.at, instance, *fallback, *intact));
                 }
-                Event::Failed { .. } => request.failed = Some(record.at),
+                Event::Failed { error } => request.failed = Some((record.at, error)),
                 Event::Received { instance, intact } => {
                     request.received.push((instance, *intact));
                     request.received_last = Some(record.at);
@@ -193,7 +207,7 @@ impl<'a> Request<'a> {
 
     fn stale(&self) -> bool {
         let told = self.failed.zip(self.received_last);
-        told.is_some_and(|(failed, received)| received > failed + LATER)
+        told.is_some_and(|((failed, _), received)| received > failed + LATER)
     }
 
     fn took(&self) -> Option<Duration> {
@@ -259,7 +273,10 @@ impl<'a> Request<'a> {
         let Some((sent, _)) = self.sent else {
             return false;
         };
-        let over = self.answer.map(|(at, ..)| at).or(self.failed);
+        let over = self
+            .answer
+            .map(|(at, ..)| at)
+            .or(self.failed.map(|(at, _)| at));
         over.is_none_or(|at| u128::from(at.saturating_sub(sent)) > expected.deadline.as_millis())
     }
 }
@@ -436,7 +453,10 @@ mod tests {
         let report = join(records, &expectation());
 
         assert_eq!(report.stale, [Id { flow: 0, seq: 1 }]);
-        assert_eq!((report.mine_failed, report.errors_after(0)), (2, 0));
+        assert_eq!(
+            (report.mine_failed.len(), report.errors_after(0).len()),
+            (2, 0)
+        );
     }
 
     #[test]
