@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client};
+use tokio::sync::SetOnce;
 use tokio::task::JoinSet;
 use tp_manager_api::{AGENT_IMAGE, HEALTH_PORT, METRICS_PORT, Session, TUNNEL_PORT};
 use tp_tunnel::KeyHash;
@@ -249,12 +250,18 @@ impl Gate for SessionGate {
                 Arc::clone(&session),
             ));
             reach.check_session().await?;
+            let stays = Arc::new(SetOnce::new());
+            let seat = Seat::new(
+                Arc::clone(&self.workstations),
+                &session.uid,
+                Arc::clone(&stays),
+            );
             let service = SessionService {
                 replica: Arc::clone(&self.town.replica),
                 dialer: Arc::clone(&self.dialer),
                 reach: Arc::clone(&reach),
                 views: SessionViews::new(Arc::clone(&self.town), Arc::clone(&session)),
-                seat: Some(Seat::new(Arc::clone(&self.workstations), &session.uid)),
+                seat: Some(seat),
             };
             Ok(Admitted {
                 who: format!(
@@ -267,20 +274,24 @@ impl Gate for SessionGate {
                     Arc::clone(&self.town.replica),
                     session,
                     reach,
+                    stays,
                 )),
             })
         })
     }
 }
 
-/// Resolves when the session is over or a right it used is gone. Says in the Session's status who serves it.
+/// Resolves when the session is over or a right it used is gone. Says in the Session's status who serves it, once the
+/// workstation stays: what it tried beside that must not have the last word.
 async fn ended(
     client: Client,
     replica: Arc<str>,
     session: Arc<LiveSession>,
     reach: Arc<SessionReach>,
+    stays: Arc<SetOnce<()>>,
 ) -> String {
     let report = async {
+        stays.wait().await;
         report_replica(client, &replica, &session).await;
         std::future::pending().await
     };

@@ -56,7 +56,7 @@ impl<R: Reach, V: Views> Service for SessionService<R, V> {
 
     fn connected(&self, workstation: Workstation) {
         if let Some(seat) = &self.seat {
-            seat.take(workstation);
+            seat.arrive(workstation);
         }
     }
 
@@ -75,7 +75,12 @@ impl<R: Reach, V: Views> Service for SessionService<R, V> {
                     replica: self.replica.to_string(),
                 }),
                 CLUSTER_PATH => match after(request.uri().query()) {
-                    Ok(after) => json(&self.newer_view(after).await),
+                    Ok(after) => {
+                        if let Some(seat) = self.seat.as_ref().filter(|_| after.is_some()) {
+                            seat.stay();
+                        }
+                        json(&self.newer_view(after).await)
+                    }
                     Err(()) => status(StatusCode::BAD_REQUEST),
                 },
                 _ => status(StatusCode::NOT_FOUND),

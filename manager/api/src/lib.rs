@@ -128,7 +128,8 @@ pub const METRICS_PORT: u16 = 9090;
 /// How far ahead [`SessionSpec::expires_at`] may lie when it is written.
 pub const LONGEST_SESSION: std::time::Duration = std::time::Duration::from_secs(3600);
 
-/// Path of the cluster view on the tunnel's control resource.
+/// Path of the cluster view on the tunnel's control resource. With `after=VERSION` the answer waits until the view has another
+/// version; a workstation that follows it so stays with this replica, and only then does the Session's status name that.
 pub const CLUSTER_PATH: &str = "/v1/cluster";
 
 /// Path of the end-to-end probe on the tunnel's control resource.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{SetOnce, watch};
 use tokio::time::Instant;
 use tp_manager_api::route_table::LEASE;
 use tp_manager_api::sighting::OFFER;
@@ -72,11 +72,14 @@ pub(super) enum Here {
     No,
 }
 
-/// What one connection needs to be among them, for as long as it lasts.
+/// What one connection needs to be among them, for as long as it lasts. A workstation may try several replicas at a time, so
+/// it is not among them before it stays.
 pub struct Seat {
     workstations: Arc<Workstations>,
     session: SessionUid,
+    arrived: OnceLock<Workstation>,
     taken: OnceLock<Presence>,
+    stays: Arc<SetOnce<()>>,
 }
 
 /// Ends the place when it is dropped.
@@ -87,19 +90,31 @@ struct Presence {
 }
 
 impl Seat {
-    /// For a connection by the session of this uid.
-    pub fn new(workstations: Arc<Workstations>, session: &str) -> Self {
+    /// For a connection by the session of this uid. `stays` is set when the workstation stays with it.
+    pub fn new(workstations: Arc<Workstations>, session: &str, stays: Arc<SetOnce<()>>) -> Self {
         Self {
             workstations,
             session: session.into(),
+            arrived: OnceLock::new(),
             taken: OnceLock::new(),
+            stays,
         }
     }
 
     /// The connection is up.
-    pub fn take(&self, workstation: Workstation) {
-        self.taken
-            .get_or_init(|| self.workstations.enter(&self.session, workstation));
+    pub fn arrive(&self, workstation: Workstation) {
+        // Told once.
+        let _ = self.arrived.set(workstation);
+    }
+
+    /// The workstation does not go on with another connection.
+    pub fn stay(&self) {
+        if let Some(workstation) = self.arrived.get() {
+            self.taken
+                .get_or_init(|| self.workstations.enter(&self.session, workstation.clone()));
+            // More than once it says nothing new.
+            let _ = self.stays.set(());
+        }
     }
 
     /// What the workstation read of the Secret of this intercept. False where there is no place for more.

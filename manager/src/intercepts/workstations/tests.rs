@@ -11,8 +11,11 @@ use tp_tunnel::{DialError, Dialed, Service, Target, Tunnel, serve};
 
 use super::*;
 
-/// One connection as the manager serves it: all that it does is to take its seat.
-struct Seated(Seat);
+/// One connection as the manager serves it: all that it does is to arrive, and to stay.
+struct Seated {
+    seat: Arc<Seat>,
+    stays: bool,
+}
 
 impl Service for Seated {
     fn dial(&self, _: Target) -> BoxFuture<'_, Result<Dialed<TcpStream>, DialError>> {
@@ -32,7 +35,10 @@ impl Service for Seated {
     }
 
     fn connected(&self, workstation: Workstation) {
-        self.0.take(workstation);
+        self.seat.arrive(workstation);
+        if self.stays {
+            self.seat.stay();
+        }
     }
 }
 
@@ -42,10 +48,18 @@ fn workstations() -> Arc<Workstations> {
     workstations
 }
 
+fn seat(workstations: &Arc<Workstations>) -> Arc<Seat> {
+    Arc::new(Seat::new(Arc::clone(workstations), "ada", Arc::default()))
+}
+
 /// A workstation of Ada's; aborting the task cuts it off.
 async fn connect(workstations: &Arc<Workstations>) -> (Tunnel, JoinHandle<()>) {
+    take_seat(seat(workstations), true).await
+}
+
+async fn take_seat(seat: Arc<Seat>, stays: bool) -> (Tunnel, JoinHandle<()>) {
     let (ours, theirs) = tokio::io::duplex(64 * 1024);
-    let service = Arc::new(Seated(Seat::new(Arc::clone(workstations), "ada")));
+    let service = Arc::new(Seated { seat, stays });
     let serving = tokio::spawn(async move {
         let _ = serve(ours, service, std::future::pending()).await;
     });
@@ -135,11 +149,27 @@ async fn who_left_is_expected_back_for_a_lease() {
     assert_eq!(workstations.here("ada"), Here::No);
 }
 
+/// Two replicas may have a workstation's connection for a moment, and it goes on with one of them.
+#[tokio::test(start_paused = true)]
+async fn a_workstation_is_where_it_stays() {
+    let workstations = workstations();
+    let seat = seat(&workstations);
+    let (_tunnel, _serving) = take_seat(Arc::clone(&seat), false).await;
+
+    assert_eq!(workstations.here("ada"), Here::No);
+    assert!(!seat.stays.initialized());
+
+    seat.stay();
+    seat.stay();
+    assert!(matches!(workstations.here("ada"), Here::Now(_)));
+    assert!(seat.stays.initialized());
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_was_handed_over_goes_with_its_intercept_and_with_its_workstation() {
     let workstations = workstations();
     let trouble = Handover::Trouble(SecretTrouble::Missing);
-    let seat = Seat::new(Arc::clone(&workstations), "ada");
+    let seat = seat(&workstations);
     assert!(
         !seat.hand_over("id-1", trouble.clone()),
         "nobody is connected"
