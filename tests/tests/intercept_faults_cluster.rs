@@ -55,7 +55,7 @@ fn an_agents_death_leaves_the_application_to_everybody() {
 
         let back = scene.until_mine_return(Duration::from_secs(30));
         scene.book.see_sent(200);
-        let report = scene.report(load, Some(killed..back));
+        let report = scene.report(load, Some(killed - ON_THE_WAY..back));
         // For at most 3 s, until the kernel's set has expired, new connections are refused by nobody's port; each flow
         // that has lost its own tries at its pace.
         let most = u64::from(2 * PER_SECOND) * 7 / 2;
@@ -192,7 +192,7 @@ fn a_rollout_of_the_manager_costs_nobody_a_request() {
     }
 }
 
-/// For so long a request may have been on its way to an agent, in milliseconds.
+/// For so long a request may have been on its way to an agent when that died, in milliseconds.
 const ON_THE_WAY: u64 = 1_000;
 
 fn is_worker(pid: u32) -> bool {
