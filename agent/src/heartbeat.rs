@@ -6,9 +6,10 @@
 //! worker ◄── parent   live 80 8080    to each of these: so it is now
 //! worker ──► parent   close 80        reset the idle connections to these ports that bypass the agent
 //! worker ◄── parent   close 80        it is done
+//! worker ──► parent   yield           another agent takes over; the answer is that the parent closes its pipe
 //! ```
 //!
-//! Each word is answered, in order: so the worker knows which of its words an answer is to, and does not take the answer to an
+//! Each other word is answered, in order: so the worker knows which of its words an answer is to, and does not take the answer to an
 //! older one for the state of the kernel. The end of either pipe is the end of who wrote to it.
 
 use std::fmt;
@@ -58,6 +59,8 @@ pub enum Word {
     Live(Ports),
     /// Idle connections to these ports are to be reset; or were.
     Close(Vec<u16>),
+    /// Nothing is to be redirected any more, for another agent takes over.
+    Yield,
 }
 
 impl fmt::Display for Word {
@@ -65,6 +68,7 @@ impl fmt::Display for Word {
         let (word, tcp, udp) = match self {
             Self::Live(Ports { tcp, udp }) => ("live", tcp, &udp[..]),
             Self::Close(ports) => ("close", ports, &[][..]),
+            Self::Yield => return f.write_str("yield\n"),
         };
         f.write_str(word)?;
         tcp.iter().try_for_each(|port| write!(f, " {port}"))?;
@@ -104,6 +108,7 @@ fn parse(line: &[u8]) -> Option<Word> {
         _ if tcp.len() + udp.len() > PORTS_MAX => None,
         "live" => Some(Word::Live(Ports { tcp, udp })),
         "close" if udp.is_empty() => Some(Word::Close(tcp)),
+        "yield" if tcp.is_empty() && udp.is_empty() => Some(Word::Yield),
         _ => None,
     }
 }
@@ -137,6 +142,8 @@ pub async fn hear(parent: impl AsyncRead + Unpin, heard: watch::Sender<Heard>) {
                 heard.answers += 1;
             }
             Word::Close(_) => heard.closed += 1,
+            // Not a parent's word.
+            Word::Yield => {}
         });
     }
 }
@@ -147,23 +154,23 @@ pub struct Parent {
     /// Words about ports that the worker has begun to say.
     said: AtomicU64,
     heard: watch::Receiver<Heard>,
-    /// Wishes to close; one at a time, so that an answer has one question.
-    close_tx: mpsc::Sender<Vec<u16>>,
+    /// Words that are not about what is live; one at a time, so that an answer has one question.
+    wish_tx: mpsc::Sender<Word>,
     turn: Semaphore,
 }
 
 impl Parent {
-    /// With what [`hear`] hears, and where the worker's voice takes wishes to close from.
-    pub fn new(heard: watch::Receiver<Heard>) -> (Self, mpsc::Receiver<Vec<u16>>) {
-        let (close_tx, close) = mpsc::channel(1);
+    /// With what [`hear`] hears, and where the worker's voice takes other words from.
+    pub fn new(heard: watch::Receiver<Heard>) -> (Self, mpsc::Receiver<Word>) {
+        let (wish_tx, wishes) = mpsc::channel(1);
         let turn = Semaphore::new(1);
         let parent = Self {
             said: AtomicU64::default(),
             heard,
-            close_tx,
+            wish_tx,
             turn,
         };
-        (parent, close)
+        (parent, wishes)
     }
 
     /// Counts a word about ports. To be called before the ports are looked up.
@@ -188,7 +195,7 @@ impl Parent {
         let mut heard = self.heard.clone();
         let before = heard.borrow_and_update().closed;
         let closed = async {
-            self.close_tx.send(ports).await.ok()?;
+            self.wish_tx.send(Word::Close(ports)).await.ok()?;
             heard
                 .wait_for(|heard| heard.closed > before)
                 .await
@@ -196,6 +203,19 @@ impl Parent {
                 .map(drop)
         };
         matches!(timeout(PATIENCE, closed).await, Ok(Some(())))
+    }
+
+    /// Has the parent redirect nothing more and end this worker, which goes on with what it has. False after
+    /// [`PATIENCE`].
+    pub(crate) async fn yields(&self) -> bool {
+        let mut heard = self.heard.clone();
+        let yielded = async {
+            self.wish_tx.send(Word::Yield).await.ok()?;
+            // The end of the pipe.
+            while heard.changed().await.is_ok() {}
+            Some(())
+        };
+        matches!(timeout(PATIENCE, yielded).await, Ok(Some(())))
     }
 }
 
@@ -213,7 +233,12 @@ mod tests {
                     udp,
                 })
             };
-            for word in [live(Vec::new()), live(udp), Word::Close(ports.clone())] {
+            for word in [
+                live(Vec::new()),
+                live(udp),
+                Word::Close(ports.clone()),
+                Word::Yield,
+            ] {
                 assert_eq!(parse(word.to_string().as_bytes()), Some(word));
             }
         }
@@ -236,6 +261,7 @@ mod tests {
             b"live 53=0\n",
             b"live 53=1=2\n",
             b"close 53=40001\n",
+            b"yield 80\n",
             b"live 80\r\n",
             b"\xff\n",
             many.as_bytes(),

@@ -28,7 +28,9 @@
 //!    does not name it; `GET` [`tp_manager_api::tls::FINDINGS_PATH`] says whether the applications show those keys.
 //! 5. `GET` [`workstation::HEALTH_PATH`] answers `{"version": "…", "ports": […]}`: the ports that have intercepts, of all replicas.
 //! 6. `GET` and `DELETE` [`tp_manager_api::route_table::CONNECTIONS_PATH`] count, and close, what the application had open before.
-//! 7. SIGTERM removes the rule, ends idle connections, lets the others finish for up to 20 s, and ends the agent.
+//! 7. `DELETE` [`tp_manager_api::route_table::AGENT_PATH`] comes before an agent of another image is added to the pod: there is one
+//!    rule and one pair of ports for both.
+//! 8. SIGTERM removes the rule, ends idle connections, lets the others finish for up to 20 s, and ends the agent.
 
 pub mod book;
 pub mod budget;

@@ -163,8 +163,8 @@ fn supervise(redirected: SocketAddr, control: SocketAddr) -> Result<()> {
                 terminate.recv().await;
             };
             let sockets = Sockets {
-                redirected: bind(redirected).await?.into_std()?,
-                control: bind(control).await?.into_std()?,
+                redirected: bind_once_free(redirected).await?.into_std()?,
+                control: bind_once_free(control).await?.into_std()?,
             };
             parent::run(redirect, sockets, worker, end, terminated)
                 .await
@@ -265,6 +265,22 @@ async fn bound(control: SocketAddr, listen: Vec<(SocketAddr, Destination)>) -> R
     }
     let control = bind(control).await?;
     Ok(Listeners { inbound, control })
+}
+
+/// An agent whose place this one takes keeps its ports for about a second (`worker.rs`).
+async fn bind_once_free(address: SocketAddr) -> Result<TcpListener> {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+    loop {
+        let bound = bind(address).await;
+        let taken = |error: &anyhow::Error| {
+            let error = error.downcast_ref::<std::io::Error>();
+            error.is_some_and(|error| error.kind() == std::io::ErrorKind::AddrInUse)
+        };
+        if !bound.as_ref().is_err_and(taken) || tokio::time::Instant::now() > deadline {
+            return bound;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// All addresses of IPv6 stand for those of IPv4 too, and for them alone where there is no IPv6.

@@ -48,7 +48,8 @@ pub struct Sockets {
     pub control: TcpListener,
 }
 
-/// Keeps a worker running and the rule true, until `shutdown`. `worker` makes the command line of one.
+/// Keeps a worker running and the rule true, until `shutdown`, or until another agent takes over. `worker` makes the command
+/// line of one.
 pub async fn run(
     mut redirect: Redirect,
     sockets: Sockets,
@@ -61,23 +62,30 @@ pub async fn run(
     loop {
         let (mut child, mut input) = start_worker(worker(), &sockets)?;
         let mut lines = child.stdout.take().map(BufReader::new);
-        let stopped = tokio::select! {
-            () = &mut shutdown => true,
-            why = follow(&mut child, &mut input, lines.as_mut(), &mut redirect) => {
-                tracing::error!("worker failed: {why}");
-                false
-            }
+        let ended = tokio::select! {
+            () = &mut shutdown => Ended::Stopped,
+            ended = follow(&mut child, &mut input, lines.as_mut(), &mut redirect) => ended,
         };
         // First of all, new connections go to the application.
         redirect.refresh(&Ports::default())?;
-        match stopped {
-            true => {
+        match ended {
+            Ended::Stopped => {
                 // The last word about what is still accepted is the worker's.
                 drop(sockets);
                 stop(&mut child, input, &end).await;
                 return redirect.remove();
             }
-            false => end_now(&mut child, &end).await,
+            Ended::Yielded => {
+                tracing::info!("another agent takes over");
+                drop(sockets);
+                stop(&mut child, input, &end).await;
+                // The table is the other one's by now.
+                return Ok(());
+            }
+            Ended::Failed(why) => {
+                tracing::error!("worker failed: {why}");
+                end_now(&mut child, &end).await;
+            }
         }
         if crashes.one_more(Instant::now()) {
             tracing::error!("the worker fails again and again; nothing is redirected any more");
@@ -90,6 +98,16 @@ pub async fn run(
             () = tokio::time::sleep(REST) => {}
         }
     }
+}
+
+/// How the time of a worker ended.
+enum Ended {
+    /// We are to end.
+    Stopped,
+    /// It said that another agent takes over.
+    Yielded,
+    /// It is of no use any more, and why.
+    Failed(String),
 }
 
 /// A worker, and the pipe that asks it to stop when it is closed.
@@ -109,27 +127,27 @@ fn start(mut command: Command) -> io::Result<Child> {
     command.kill_on_drop(true).spawn()
 }
 
-/// Refreshes the rule with what the worker says, and answers that it has. Returns when the worker has failed,
-/// and why.
+/// Refreshes the rule with what the worker says, and answers that it has. Returns when it says nothing more, and why.
 async fn follow(
     child: &mut Child,
     input: &mut UnixStream,
     lines: Option<&mut BufReader<ChildStdout>>,
     redirect: &mut Redirect,
-) -> String {
+) -> Ended {
     let Some(lines) = lines else {
-        return "it has no voice".to_owned();
+        return Ended::Failed("it has no voice".to_owned());
     };
     // Nothing is redirected before the first word.
     let mut redirected = Ports::default();
     loop {
         let word = tokio::select! {
-            ended = child.wait() => return ended_by(ended),
+            ended = child.wait() => return Ended::Failed(ended_by(ended)),
             word = tokio::time::timeout(SILENCE, next(lines)) => word,
         };
         let answer = match word {
-            Err(_) => return format!("it was silent for {SILENCE:?}"),
-            Ok(Err(error)) => return error.to_string(),
+            Err(_) => return Ended::Failed(format!("it was silent for {SILENCE:?}")),
+            Ok(Err(error)) => return Ended::Failed(error.to_string()),
+            Ok(Ok(Word::Yield)) => return Ended::Yielded,
             Ok(Ok(Word::Live(ports))) => {
                 let idle = ports.is_empty() && redirected.is_empty();
                 let refreshed = if idle {
@@ -138,7 +156,7 @@ async fn follow(
                     redirect.refresh(&ports)
                 };
                 if let Err(error) = refreshed {
-                    return format!("the packet filter refused: {error}");
+                    return Ended::Failed(format!("the packet filter refused: {error}"));
                 }
                 redirected.clone_from(&ports);
                 Word::Live(ports)
@@ -156,7 +174,7 @@ async fn follow(
         let told = input.write_all(answer.as_bytes());
         match tokio::time::timeout(SILENCE, told).await {
             Ok(Ok(())) => {}
-            Ok(Err(_)) | Err(_) => return "it does not listen".to_owned(),
+            Ok(Err(_)) | Err(_) => return Ended::Failed("it does not listen".to_owned()),
         }
     }
 }

@@ -73,7 +73,7 @@ pub struct Worker {
     /// How long pushed routes hold.
     pub lease: Duration,
     /// Who changes the packet filter, and what it is asked for; `None` where nobody redirects.
-    pub parent: Option<(Parent, mpsc::Receiver<Vec<u16>>)>,
+    pub parent: Option<(Parent, mpsc::Receiver<Word>)>,
 }
 
 /// Serves until `shutdown`, then lets connections end for a while. `say` is told the ports that want traffic, twice a
@@ -90,7 +90,7 @@ pub async fn serve(
         lease,
         parent,
     } = worker;
-    let (parent, mut close) = parent.unzip();
+    let (parent, mut wishes) = parent.unzip();
     let (stop_tx, stop) = watch::channel(false);
     let shared = Arc::new(Shared {
         book: Book::new(lease),
@@ -120,7 +120,7 @@ pub async fn serve(
         tokio::select! {
             () = &mut shutdown => break,
             () = shared.changed.notified() => say(&wanted(&shared, &mut datagrams))?,
-            ports = next_close(close.as_mut()) => say(&Word::Close(ports))?,
+            wish = next_wish(wishes.as_mut()) => say(&wish)?,
             _ = ticks.tick() => {
                 shared.book.expire(Instant::now());
                 say(&wanted(&shared, &mut datagrams))?;
@@ -152,13 +152,13 @@ fn wanted(shared: &Arc<Shared>, datagrams: &mut Sockets) -> Word {
     })
 }
 
-async fn next_close(close: Option<&mut mpsc::Receiver<Vec<u16>>>) -> Vec<u16> {
-    let next = match close {
-        Some(close) => close.recv().await,
+async fn next_wish(wishes: Option<&mut mpsc::Receiver<Word>>) -> Word {
+    let next = match wishes {
+        Some(wishes) => wishes.recv().await,
         None => None,
     };
     match next {
-        Some(ports) => ports,
+        Some(wish) => wish,
         // Nobody asks any more.
         None => std::future::pending().await,
     }

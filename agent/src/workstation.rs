@@ -14,7 +14,7 @@ use futures::future::BoxFuture;
 use http::{Method, Request, Response, StatusCode};
 use tokio::net::{TcpStream, UdpSocket};
 use tp_manager_api::RouteTable;
-use tp_manager_api::route_table::{CONNECTIONS_PATH, Listen, Protocol, ROUTES_PATH};
+use tp_manager_api::route_table::{AGENT_PATH, CONNECTIONS_PATH, Listen, Protocol, ROUTES_PATH};
 use tp_manager_api::tls::{CREDENTIALS_PATH, Credential, FINDINGS_PATH};
 use tp_tunnel::carrier::tls::accept_tls;
 use tp_tunnel::server::serve_with;
@@ -217,6 +217,17 @@ impl Agent {
         status(StatusCode::OK, body.into())
     }
 
+    /// Leaves the pod to another agent: nothing is redirected here any more, what is open goes on for a while.
+    async fn yields(&self) -> Response<Bytes> {
+        let Some(parent) = &self.shared.parent else {
+            return status(StatusCode::METHOD_NOT_ALLOWED, Bytes::new());
+        };
+        match parent.yields().await {
+            true => status(StatusCode::NO_CONTENT, Bytes::new()),
+            false => unavailable("the parent did not end it"),
+        }
+    }
+
     async fn answer(&self, request: &Request<Bytes>) -> Response<Bytes> {
         match (request.uri().path(), request.method()) {
             (ROUTES_PATH, &Method::PUT) => self.put_routes(request.body()).await,
@@ -231,8 +242,10 @@ impl Agent {
             (FINDINGS_PATH, &Method::GET) => self.findings().await,
             (CONNECTIONS_PATH, &Method::GET) => self.connections().await,
             (CONNECTIONS_PATH, &Method::DELETE) => self.close_idle().await,
+            (AGENT_PATH, &Method::DELETE) => self.yields().await,
             (
-                ROUTES_PATH | HEALTH_PATH | CREDENTIALS_PATH | FINDINGS_PATH | CONNECTIONS_PATH,
+                ROUTES_PATH | HEALTH_PATH | CREDENTIALS_PATH | FINDINGS_PATH | CONNECTIONS_PATH
+                | AGENT_PATH,
                 _,
             ) => status(StatusCode::METHOD_NOT_ALLOWED, Bytes::new()),
             _ => status(StatusCode::NOT_FOUND, Bytes::new()),

@@ -17,6 +17,10 @@ pub const ROUTES_PATH: &str = "/v1/routes";
 /// that this replica has pushed, and answers what is left.
 pub const CONNECTIONS_PATH: &str = "/v1/connections";
 
+/// `DELETE` leaves the pod to another agent, which may be added once the answer is 204: nothing is redirected by this one any
+/// more, what it has goes on for a while, and then it ends.
+pub const AGENT_PATH: &str = "/v1/agent";
+
 /// How long a pushed table holds unless it is pushed again.
 pub const LEASE: Duration = Duration::from_secs(15);
 

@@ -16,7 +16,9 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tp_manager_api::RouteTable;
-use tp_manager_api::route_table::{CONNECTIONS_PATH, LEASE, OpenConnections, ROUTES_PATH};
+use tp_manager_api::route_table::{
+    AGENT_PATH, CONNECTIONS_PATH, LEASE, OpenConnections, ROUTES_PATH,
+};
 use tp_manager_api::sighting::OFFER;
 use tp_manager_api::tls::{CREDENTIALS_PATH, FINDINGS_PATH, Findings, Found};
 use tp_tunnel::carrier::ReadAhead;
@@ -119,7 +121,7 @@ impl Ends {
     fn trouble(&self, found: Trouble) {
         let news = match &mut *lock(&self.state) {
             LinkState::Dialing { trouble, .. } => trouble.replace(found.clone()) != Some(found),
-            LinkState::Connected { .. } => false,
+            LinkState::Connected { .. } | LinkState::Yielded => false,
         };
         if news {
             self.changed.send_replace(());
@@ -141,7 +143,7 @@ impl Ends {
                 open_before,
                 unopened,
             } => *routed == ids && *open_before == open && *unopened == found,
-            LinkState::Dialing { .. } => false,
+            LinkState::Dialing { .. } | LinkState::Yielded => false,
         };
         if !known {
             self.say(LinkState::Connected {
@@ -152,14 +154,18 @@ impl Ends {
         }
     }
 
+    fn yielded(&self) -> bool {
+        matches!(&*lock(&self.state), LinkState::Yielded)
+    }
+
     fn withdrawn(&self) -> bool {
         self.orders.has_changed().is_err()
     }
 }
 
-/// Serves one agent until its [`Link`] is dropped.
+/// Serves one agent until its [`Link`] is dropped, or until it has yielded.
 pub(super) async fn serve(agent: Agent, mut ends: Ends, workstations: Arc<Workstations>) {
-    while !ends.withdrawn() {
+    while !ends.withdrawn() && !ends.yielded() {
         match dial(&agent).await {
             Ok((tunnel, driver)) => {
                 tracing::info!(address = %agent.address, "agent connected");
@@ -170,10 +176,12 @@ pub(super) async fn serve(agent: Agent, mut ends: Ends, workstations: Arc<Workst
                 });
                 converse(&tunnel, &mut ends, &mut tasks, &workstations).await;
                 tracing::info!(address = %agent.address, "agent disconnected");
-                ends.say(LinkState::Dialing {
-                    since: Instant::now(),
-                    trouble: None,
-                });
+                if !ends.yielded() {
+                    ends.say(LinkState::Dialing {
+                        since: Instant::now(),
+                        trouble: None,
+                    });
+                }
             }
             Err(trouble) => ends.trouble(trouble),
         }
@@ -246,13 +254,20 @@ async fn converse(
     tasks.shutdown().await;
 }
 
-/// Pushes the table when it changes and when the lease needs it. Returns when the routes are withdrawn, or the agent does
-/// not take them.
+/// Pushes the table when it changes and when the lease needs it. Returns when the routes are withdrawn, the agent does not
+/// take them, or has left the pod to another one.
 async fn push(tunnel: &Tunnel, ends: &mut Ends) {
     let mut given = BTreeSet::new();
     let (mut unopened, mut is_new) = (BTreeMap::new(), true);
     loop {
         let orders = ends.orders.borrow_and_update().clone();
+        if orders.yields {
+            let answer = ask(tunnel, Method::DELETE, AGENT_PATH, Vec::new()).await;
+            if answer.is_some_and(|answer| answer.status() == StatusCode::NO_CONTENT) {
+                ends.say(LinkState::Yielded);
+            }
+            return;
+        }
         if !give(tunnel, &orders, &mut given).await {
             return;
         }

@@ -124,6 +124,7 @@ struct Controller {
     metrics: Arc<Metrics>,
     blueprint: Arc<Blueprint>,
     namespace: Arc<str>,
+    began: Timestamp,
     changed: watch::Sender<()>,
     seen: Arc<Seen>,
     watches: BTreeMap<Arc<str>, Watching>,
@@ -159,6 +160,7 @@ impl Controller {
             metrics: setting.metrics,
             blueprint: Arc::new(Blueprint::new(setting.image, setting.identity)),
             namespace: setting.namespace,
+            began: Timestamp::now(),
             seen: Arc::new(Seen::new(changed.clone())),
             changed,
             watches: BTreeMap::new(),
@@ -351,6 +353,8 @@ impl Controller {
                 .collect(),
             policies: &self.policies,
             own_namespace: &self.namespace,
+            image: &self.blueprint.image,
+            began: self.began,
             now,
         })
     }

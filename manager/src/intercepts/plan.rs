@@ -71,6 +71,8 @@ pub(super) struct Orders {
     pub(super) credentials: BTreeMap<String, Credential>,
     /// Whether it resets idle connections from before.
     pub(super) close_idle: bool,
+    /// Whether it leaves the pod to another agent.
+    pub(super) yields: bool,
 }
 
 /// What to say of an intercept.
@@ -112,7 +114,7 @@ fn keep(world: &World<'_>, held: &Held, plan: &mut Plan) {
         let is_routed = |state: &LinkState| matches!(state, LinkState::Connected { routed, .. } if routed.contains(&held.id));
         if let Some(agent) = pod
             .agent()
-            .filter(|_| link_state(world, pod).is_some_and(is_routed))
+            .filter(|_| world.link_to(pod).is_some_and(is_routed))
         {
             let step = Step::Link(agent.container.clone());
             take(world, held, pod, &step, plan);
@@ -150,7 +152,7 @@ fn serve(
         }
         // Datagrams have no connections.
         if let (Protocol::Tcp, Some(LinkState::Connected { open_before, .. })) =
-            (held.protocol, link_state(world, pod))
+            (held.protocol, world.link_to(pod))
         {
             let (listen, _) = ports(pod, held);
             let open = open_before.get(&listen).copied();
@@ -179,23 +181,36 @@ fn take(world: &World<'_>, held: &Held, pod: &PodFacts, step: &Step, plan: &mut 
                     container: container.clone(),
                 });
             }
+            // That it has yielded is known until the next one is seen.
+            if let (Some(LinkState::Yielded), Some(agent)) = (world.link_to(pod), pod.agent()) {
+                link(pod, &agent.container, plan);
+            }
         }
         Step::Link(container) => {
-            let Some(address) = pod.address else { return };
-            let sidecar = pod.sidecar.as_ref().map(|facts| &facts.sidecar);
-            let wanted = plan
-                .links
-                .entry(Arc::clone(&pod.uid))
-                .or_insert_with(|| Wanted {
-                    address: SocketAddr::new(address, AGENT_PORT),
-                    container: container.clone(),
-                    seed: sidecar.map(|sidecar| sidecar.seed.clone()),
-                    orders: Orders::default(),
-                });
-            wanted.orders.close_idle |= held.close_idle;
-            wanted.orders.add(held, ports(pod, held));
+            if let Some(wanted) = link(pod, container, plan) {
+                wanted.orders.close_idle |= held.close_idle;
+                wanted.orders.add(held, ports(pod, held));
+            }
+        }
+        Step::Replace(container) => {
+            if let Some(wanted) = link(pod, container, plan) {
+                wanted.orders.yields = true;
+            }
         }
     }
+}
+
+/// The connection to the agent of a pod that has an address.
+fn link<'a>(pod: &PodFacts, container: &str, plan: &'a mut Plan) -> Option<&'a mut Wanted> {
+    let address = SocketAddr::new(pod.address?, AGENT_PORT);
+    let sidecar = pod.sidecar.as_ref().map(|facts| &facts.sidecar);
+    let link = plan.links.entry(Arc::clone(&pod.uid));
+    Some(link.or_insert_with(|| Wanted {
+        address,
+        container: container.to_owned(),
+        seed: sidecar.map(|sidecar| sidecar.seed.clone()),
+        orders: Orders::default(),
+    }))
 }
 
 /// Port that clients connect to, and the application's: the kernel redirects, or a sidecar listens elsewhere.
@@ -231,14 +246,6 @@ impl Orders {
     }
 }
 
-fn link_state<'a>(world: &World<'a>, pod: &PodFacts) -> Option<&'a LinkState> {
-    let link = world.links.get(&pod.uid)?;
-    let newest = pod
-        .agent()
-        .is_some_and(|agent| agent.container == link.container);
-    newest.then_some(&link.state)
-}
-
 /// How long an agent may be silent before that is said.
 const PATIENCE: Duration = Duration::from_millis(2500);
 
@@ -269,9 +276,10 @@ fn pod_state(
             Some(refused) => return Some(refused.problem.clone()),
             None => return coming("an agent is being added"),
         },
+        Step::Replace(_) => return coming("its agent makes way for that of another version"),
         Step::Link(_) => {}
     }
-    match link_state(world, pod) {
+    match world.link_to(pod) {
         Some(LinkState::Connected {
             routed, unopened, ..
         }) if routed.contains(&held.id) => {
@@ -285,7 +293,7 @@ fn pod_state(
         }) if is_running(pod) && world.now.duration_since(*since) >= patience(trouble) => {
             Some(out_of_reach(world, held, pod, trouble, plan))
         }
-        Some(LinkState::Dialing { .. }) | None => coming("its agent starts"),
+        Some(LinkState::Dialing { .. } | LinkState::Yielded) | None => coming("its agent starts"),
     }
 }
 
@@ -298,7 +306,7 @@ fn patience(trouble: &Trouble) -> Duration {
 
 fn is_running(pod: &PodFacts) -> bool {
     pod.agent()
-        .is_some_and(|agent| agent.state == AgentState::Running)
+        .is_some_and(|agent| matches!(agent.state, AgentState::Running { .. }))
 }
 
 fn out_of_reach(

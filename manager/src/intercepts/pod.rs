@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{self, ContainerState, PodSpec};
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use tp_manager_api::{AGENT_PREFIX, SIDECAR};
 
@@ -63,6 +64,8 @@ pub(super) struct SidecarFacts {
 pub(super) struct AgentFacts {
     /// Name of its container.
     pub(super) container: String,
+    /// Its image, as the pod names it. A sidecar's is no matter: another one comes with another pod.
+    pub(super) image: Option<String>,
     /// What the node says of it.
     pub(super) state: AgentState,
 }
@@ -80,7 +83,10 @@ pub(super) enum AgentState {
         message: String,
     },
     /// It runs.
-    Running,
+    Running {
+        /// Since when, by its node's clock.
+        since: Option<Timestamp>,
+    },
     /// It has ended, and will not start again.
     Ended {
         /// Its last words, on one line.
@@ -171,6 +177,7 @@ fn agents(spec: &PodSpec, status: &v1::PodStatus) -> Vec<AgentFacts> {
                 .and_then(|status| status.state.as_ref());
             AgentFacts {
                 container: container.name.clone(),
+                image: container.image.clone(),
                 state: state.map_or(AgentState::New, agent_state),
             }
         })
@@ -190,6 +197,7 @@ fn sidecar(spec: &PodSpec, status: &v1::PodStatus) -> Option<SidecarFacts> {
         .and_then(|status| status.state.as_ref());
     let agent = AgentFacts {
         container: SIDECAR.to_owned(),
+        image: None,
         state: state.map_or(AgentState::New, agent_state),
     };
     Some(SidecarFacts { agent, sidecar })
@@ -223,8 +231,12 @@ fn agent_state(state: &ContainerState) -> AgentState {
             reason: waiting.reason.clone().unwrap_or_default(),
             message: waiting.message.clone().unwrap_or_default(),
         },
-        None if state.running.is_some() => AgentState::Running,
-        None => AgentState::New,
+        None => match &state.running {
+            Some(running) => AgentState::Running {
+                since: running.started_at.as_ref().map(|time| time.0),
+            },
+            None => AgentState::New,
+        },
     }
 }
 
@@ -232,6 +244,8 @@ fn agent_state(state: &ContainerState) -> AgentState {
 pub(super) mod tests {
     use super::*;
     use serde_json::{Value, json};
+
+    const RUNNING: AgentState = AgentState::Running { since: None };
 
     pub(in crate::intercepts) fn pod(name: &str, change: Value) -> PodFacts {
         let mut object = json!({
@@ -300,7 +314,7 @@ pub(super) mod tests {
             message: "no NET_ADMIN".into(),
             lived: Duration::from_secs(2),
         };
-        assert_eq!(states, [ended, AgentState::Running, AgentState::New]);
+        assert_eq!(states, [ended, RUNNING, AgentState::New]);
     }
 
     #[test]
@@ -348,7 +362,7 @@ pub(super) mod tests {
         let pod = pod("web", change.clone());
 
         assert_eq!(pod.agent().unwrap().container, "tp-agent-sidecar");
-        assert_eq!(pod.agent().unwrap().state, AgentState::Running);
+        assert_eq!(pod.agent().unwrap().state, RUNNING);
         assert_eq!(pod.sidecar.unwrap().sidecar.port(8080), Some((15100, 8080)));
         // One that ends before the application starts is none.
         change["spec"]["initContainers"][0]["restartPolicy"] = Value::Null;

@@ -11,7 +11,7 @@ use tp_manager_api::{SIDECAR_LABEL, WEBHOOK_NAME};
 use super::container::container_name;
 use super::pod::{AgentFacts, AgentState, PodFacts, SidecarFacts, number};
 use super::problem::Problem;
-use super::world::{Held, World};
+use super::world::{Held, LinkState, World};
 
 /// What a pod needs next.
 #[derive(Clone, Debug)]
@@ -20,6 +20,8 @@ pub(super) enum Step {
     Attach(String),
     /// A connection to the agent in this container.
     Link(String),
+    /// The same, for it to leave the pod to another one.
+    Replace(String),
     /// Somebody has to do something first.
     Nothing(Problem),
 }
@@ -131,6 +133,12 @@ pub(super) fn next_step(world: &World<'_>, pod: &PodFacts) -> Step {
     let Some(agent) = pod.agent() else {
         return attach();
     };
+    if let Some(LinkState::Yielded) = world.link_to(pod) {
+        return attach();
+    }
+    if is_outdated(world, pod, agent) {
+        return Step::Replace(agent.container.clone());
+    }
     let kept_up = pod.sidecar.is_some();
     match &agent.state {
         AgentState::Ended { message, .. } if message.contains("exec format error") => {
@@ -162,10 +170,25 @@ pub(super) fn next_step(world: &World<'_>, pod: &PodFacts) -> Step {
         {
             Step::Nothing(fails(pod, agent, &format!("{reason}: {message}")))
         }
-        AgentState::New | AgentState::Waiting { .. } | AgentState::Running => {
+        AgentState::New | AgentState::Waiting { .. } | AgentState::Running { .. } => {
             Step::Link(agent.container.clone())
         }
     }
+}
+
+/// Whether an agent is from before an upgrade, and another one may come after it. During a rollout of the manager replicas of
+/// two images see each other's agents, and each leaves alone what is younger than itself: so they do not replace one
+/// another's for ever.
+fn is_outdated(world: &World<'_>, pod: &PodFacts, agent: &AgentFacts) -> bool {
+    let other = agent
+        .image
+        .as_deref()
+        .is_some_and(|image| image != world.image);
+    let older = match agent.state {
+        AgentState::Running { since } => since.is_some_and(|since| since < world.began),
+        AgentState::New | AgentState::Waiting { .. } | AgentState::Ended { .. } => false,
+    };
+    other && older && pod.agents.len() < AGENTS_MAX && !world.not_let_in.contains_key(&pod.uid)
 }
 
 fn failures(pod: &PodFacts) -> usize {

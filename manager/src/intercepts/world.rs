@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
 use tp_manager_api::Matchers;
 use tp_manager_api::intercept::{AttachMode, Workload, WorkloadKind};
@@ -122,6 +123,8 @@ pub(super) enum LinkState {
         /// By intercept, what keeps the agent from opening TLS.
         unopened: BTreeMap<String, Found>,
     },
+    /// It has left the pod to the next agent.
+    Yielded,
 }
 
 /// Why an agent was not reached.
@@ -173,6 +176,21 @@ pub(super) struct World<'a> {
     pub(super) policies: &'a BTreeMap<PodUid, Restrictions>,
     /// Namespace of the manager.
     pub(super) own_namespace: &'a str,
+    /// Image of the agents that this replica adds.
+    pub(super) image: &'a str,
+    /// When this replica began, by its node's clock.
+    pub(super) began: Timestamp,
     /// Now.
     pub(super) now: Instant,
+}
+
+impl<'a> World<'a> {
+    /// How the connection to the agent of a pod stands.
+    pub(super) fn link_to(&self, pod: &PodFacts) -> Option<&'a LinkState> {
+        let link = self.links.get(&pod.uid)?;
+        let newest = pod
+            .agent()
+            .is_some_and(|agent| agent.container == link.container);
+        newest.then_some(&link.state)
+    }
 }

@@ -101,8 +101,7 @@ fn orders(ids: &[&str]) -> Orders {
     };
     Orders {
         table: RouteTable { ports: vec![port] },
-        credentials: BTreeMap::new(),
-        close_idle: false,
+        ..Orders::default()
     }
 }
 
@@ -139,7 +138,7 @@ async fn routes_are_pushed_when_they_change_and_withdrawn_at_the_end() {
             open_before,
             ..
         } => Some((routed.len(), open_before.get(&80).copied())),
-        LinkState::Dialing { .. } => None,
+        LinkState::Dialing { .. } | LinkState::Yielded => None,
     };
     while connected(&link).is_none() {
         news.changed().await.unwrap();
@@ -173,7 +172,7 @@ async fn a_credential_is_given_before_the_routes_that_name_it_and_once() {
     );
     let unopened = |link: &Link| match link.state() {
         LinkState::Connected { unopened, .. } => unopened,
-        LinkState::Dialing { .. } => BTreeMap::new(),
+        LinkState::Dialing { .. } | LinkState::Yielded => BTreeMap::new(),
     };
     while unopened(&link).is_empty() {
         news.changed().await.unwrap();

@@ -29,6 +29,7 @@ struct Case {
     workloads: BTreeMap<(Arc<str>, Workload), bool>,
     policies: BTreeMap<PodUid, Restrictions>,
     node: Cell<Option<Node>>,
+    image: &'static str,
     now: Instant,
 }
 
@@ -75,6 +76,7 @@ impl Case {
             workloads: BTreeMap::new(),
             policies: BTreeMap::new(),
             node: Cell::default(),
+            image: "tp",
             now: Instant::now(),
         }
     }
@@ -94,6 +96,8 @@ impl Case {
             not_let_in: &self.not_let_in,
             workloads: &self.workloads,
             policies: &self.policies,
+            image: self.image,
+            began: "2026-01-01T00:01:00Z".parse().unwrap(),
             own_namespace: "tp-system",
             now: self.now,
         })
@@ -274,6 +278,40 @@ fn a_workstation_that_left_a_moment_ago_keeps_its_routes() {
 }
 
 #[test]
+fn an_agent_from_before_an_upgrade_makes_way_for_the_next_one() {
+    let since =
+        |second: &str| json!({ "running": { "startedAt": format!("2026-01-01T00:{second}Z") } });
+    let case = |started: &str| {
+        let mut case = Case::new(vec![pod(
+            "a",
+            with_agents(&[("tp-agent-0-1-0-1", since(started))]),
+        )]);
+        case.image = "tp:next";
+        case
+    };
+
+    let old = case("00:30");
+    let wanted = &old.plan().links["uid-a"];
+    assert!(wanted.orders.yields && wanted.orders.table.ports.is_empty());
+    assert!(old.plan().attach.is_empty());
+    assert_eq!(old.reason(), Some(Reason::Attaching));
+
+    let yielded = case("00:30").linked("a", "tp-agent-0-1-0-1", LinkState::Yielded);
+    assert_eq!(yielded.plan().attach[0].container, "tp-agent-0-1-0-2");
+    assert!(
+        yielded.plan().links.contains_key("uid-a"),
+        "or it would be forgotten"
+    );
+
+    // A younger one is that of a replica that came later.
+    let young = case("01:30");
+    assert!(!young.plan().links["uid-a"].orders.yields);
+    let mut same = case("00:30");
+    same.image = "tp";
+    assert!(!same.plan().links["uid-a"].orders.yields);
+}
+
+#[test]
 fn an_agent_that_has_ended_is_followed_by_another_until_too_many_failed() {
     let ended = |seconds: &str| {
         json!({ "terminated": { "exitCode": 1, "message": "no nf_tables",
@@ -436,6 +474,8 @@ fn nothing_is_attached_in_the_clusters_own_namespace_and_the_managers() {
             not_let_in: &case.not_let_in,
             workloads: &case.workloads,
             policies: &case.policies,
+            image: "tp",
+            began: "2026-01-01T00:01:00Z".parse().unwrap(),
             own_namespace: "tp-system",
             now: case.now,
         });
