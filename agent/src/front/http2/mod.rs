@@ -3,6 +3,7 @@
 //! A client's connection has one connection to the application and one flow to each workstation that one of its streams
 //! belongs to; on them its streams are streams again, with their trailers and resets. gRPC is nothing special.
 
+mod exchange;
 mod intake;
 mod message;
 mod paced;
@@ -12,35 +13,36 @@ mod windows;
 
 use std::collections::{HashMap, hash_map};
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
+use std::sync::atomic::AtomicU16;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use futures::future::{self, BoxFuture};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use h2::client::{ResponseFuture, SendRequest};
+use h2::client::SendRequest;
 use h2::server::SendResponse;
-use h2::{Reason, RecvStream, SendStream};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use h2::{Reason, RecvStream};
+use http::{Method, Request, StatusCode};
 use tokio::sync::{mpsc, oneshot};
 use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
 use tp_manager_api::sighting::AnsweredBy;
 use tp_tunnel::{ByteStream, Workstation};
 
 use super::prefixed::Prefixed;
-use super::{FALLBACK, Place, Shared, open, stopping};
+use super::{Place, Shared, open, stopping};
 use crate::book::Live;
 use crate::budget::LARGE;
 use crate::route::{Decision, decide};
 use crate::socket::Socket;
 use crate::upstream::Dialing;
-use intake::{End, Intake};
+use exchange::{Exchange, GONE, PIECE, answer};
+use intake::Intake;
 use message::to_match;
 use paced::{FRAMES_AT_ONCE, PREFACE, Paced};
-use queued::{QUEUE, Queue, Queued, Room};
+use queued::{QUEUE, Queue, Queued};
 use slots::Slots;
 use windows::{Backlog, Window};
 
@@ -60,9 +62,6 @@ const FAR_WINDOW: u32 = 1 << 20;
 /// What h2 reckons for small DATA frames that nobody has read, 256 bytes each; beyond it the connection ends. What comes is
 /// taken out at once (`intake.rs`), so only streams that wait for a slot have any left after they came.
 const FRAMES_BUDGET: usize = 2 * FRAMES_AT_ONCE * 256;
-
-/// Bytes handed to h2 at a time.
-const PIECE: usize = 16 * 1024;
 
 /// What one connection is charged: the windows that we grant to both sides, what waits to be written to them, its first
 /// streams, and the connections themselves.
@@ -467,181 +466,4 @@ async fn speak(io: impl ByteStream, window: u32, shared: Arc<Shared>, peer: ones
     if let Err(error) = driven.await {
         tracing::debug!(%error, "upstream connection ended");
     }
-}
-
-const GONE: &str = "the workstation of this intercept went away before it answered";
-
-/// An answer of our own.
-fn answer(respond: &mut SendResponse<Queued>, status: StatusCode, why: &str) {
-    let mut response = Response::new(());
-    *response.status_mut() = status;
-    let kind = HeaderValue::from_static("text/plain");
-    response
-        .headers_mut()
-        .insert(http::header::CONTENT_TYPE, kind);
-    // Fails only when the client is gone.
-    if let Ok(mut body) = respond.send_response(response, false) {
-        let _ = body.send_data(Bytes::from(format!("tp: {why}\n")).into(), true);
-    }
-}
-
-/// One stream of the client and the stream that answers it.
-struct Exchange<'a> {
-    respond: SendResponse<Queued>,
-    to_client: Queue,
-    fallback: bool,
-    mine: bool,
-    /// Becomes that of the answer.
-    status: &'a AtomicU16,
-}
-
-impl Exchange<'_> {
-    async fn run(mut self, mut peer: Peer, request: Request<()>, body: &mut Intake) -> Ended {
-        let empty = body.is_done();
-        let (mut response, mut to_peer) = match peer.requests.send_request(request, empty) {
-            Ok(sent) => sent,
-            Err(error) => {
-                self.fail(&error);
-                return Ended::Stream;
-            }
-        };
-        let upload = async {
-            let uploaded = match empty {
-                true => Ok(()),
-                false => pump(body, &mut to_peer, &peer.queue).await,
-            };
-            if let Err(Pumped::Deaf) = uploaded {
-                body.discard().await;
-            }
-            uploaded
-        };
-        let download = async {
-            let answered = poll_fn(|cx| self.poll_head(cx, &mut response)).await;
-            let (mut head, body) = match answered {
-                None => return Ended::GivenUp,
-                Some(Ok(response)) => response.into_parts(),
-                Some(Err(error)) => {
-                    self.fail(&error);
-                    return Ended::Stream;
-                }
-            };
-            self.status.store(head.status.as_u16(), Relaxed);
-            if self.fallback {
-                let mark = HeaderValue::from_static("1");
-                head.headers.insert(FALLBACK, mark);
-            }
-            let empty = body.is_end_stream();
-            let response = Response::from_parts(head, ());
-            if let Ok(mut to_client) = self.respond.send_response(response, empty)
-                && !empty
-            {
-                let mut body = Intake::new(body, peer.backlog.clone());
-                let _ = pump(&mut body, &mut to_client, &self.to_client).await;
-            }
-            Ended::Stream
-        };
-        tokio::pin!(upload, download);
-        tokio::select! {
-            biased;
-            ended = &mut download => ended,
-            uploaded = &mut upload => match uploaded {
-                // The answer is complete when the download is; then the peer needs nothing more.
-                Ok(()) | Err(Pumped::Deaf) => download.await,
-                Err(Pumped::Lost) => Ended::GivenUp,
-            },
-        }
-    }
-
-    /// The answer's head, or `None` once the client has reset the stream. Interim answers are passed on.
-    fn poll_head(
-        &mut self,
-        cx: &mut Context<'_>,
-        response: &mut ResponseFuture,
-    ) -> Poll<Option<Result<Response<RecvStream>, h2::Error>>> {
-        if self.respond.poll_reset(cx).is_ready() {
-            return Poll::Ready(None);
-        }
-        while let Poll::Ready(Some(interim)) = response.poll_informational(cx) {
-            match interim {
-                // Fails only when the client is gone.
-                Ok(interim) => drop(self.respond.send_informational(interim)),
-                Err(error) => return Poll::Ready(Some(Err(error))),
-            }
-        }
-        response.poll_unpin(cx).map(Some)
-    }
-
-    /// The stream to who was to answer ended before its answer.
-    fn fail(&mut self, error: &h2::Error) {
-        match error.reason() {
-            Some(reason) if error.is_reset() && error.is_remote() => {
-                self.respond.send_reset(reason);
-            }
-            _ if self.mine => answer(&mut self.respond, StatusCode::BAD_GATEWAY, GONE),
-            _ => self.respond.send_reset(Reason::INTERNAL_ERROR),
-        }
-    }
-}
-
-/// Why one direction of a stream stopped before its end.
-enum Pumped {
-    /// Where the bytes went takes no more.
-    Deaf,
-    /// Where they came from is gone; the other side has been told.
-    Lost,
-}
-
-/// Moves the data and the trailers of one direction, no more than the windows of both sides allow.
-async fn pump(from: &mut Intake, to: &mut SendStream<Queued>, queue: &Queue) -> Result<(), Pumped> {
-    loop {
-        if let Some(end) = from.take_end() {
-            let told = match end {
-                End::Plain => to.send_data(Bytes::new().into(), true),
-                End::Trailers(trailers) => to.send_trailers(trailers),
-                End::Failed(error) => return Err(lost(to, &error)),
-            };
-            return told.map_err(|_| Pumped::Deaf);
-        }
-        let wanted = from.waiting().min(PIECE);
-        tokio::select! {
-            biased;
-            () = from.fill() => {}
-            room = room(to, queue, wanted) => {
-                let room = room?;
-                let piece = room.of(from);
-                let last = from.is_done();
-                to.send_data(piece, last).map_err(|_| Pumped::Deaf)?;
-                if last {
-                    return Ok(());
-                }
-            }
-        }
-    }
-}
-
-/// Waits until so many bytes or fewer can be sent; where there are none, for the end of who would take them. The windows of
-/// the other side come first, so that a stream that may not send takes no room from others. Cancel safe.
-async fn room(to: &mut SendStream<Queued>, queue: &Queue, wanted: usize) -> Result<Room, Pumped> {
-    to.reserve_capacity(wanted);
-    while wanted > 0 && to.capacity() == 0 {
-        match poll_fn(|cx| to.poll_capacity(cx)).await {
-            Some(Ok(_)) => {}
-            Some(Err(_)) | None => return Err(Pumped::Deaf),
-        }
-    }
-    let size = wanted.min(to.capacity());
-    tokio::select! {
-        biased;
-        room = queue.room(size), if wanted > 0 => Ok(room),
-        _ = poll_fn(|cx| to.poll_reset(cx)) => Err(Pumped::Deaf),
-    }
-}
-
-/// A reset is passed on with its code; a lost connection is an error on the other side, never an end.
-fn lost(to: &mut SendStream<Queued>, error: &h2::Error) -> Pumped {
-    let reason = error
-        .reason()
-        .filter(|_| error.is_reset() && error.is_remote());
-    to.send_reset(reason.unwrap_or(Reason::INTERNAL_ERROR));
-    Pumped::Lost
 }
