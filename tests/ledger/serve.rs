@@ -34,6 +34,9 @@ pub(crate) struct Server {
 /// How long nobody must have come before a server that is to end does.
 const QUIET: Duration = Duration::from_secs(3);
 
+/// How long somebody who comes even then is served before that.
+const VISIT: Duration = Duration::from_millis(500);
+
 /// Accepts until SIGTERM, and then for as long as somebody comes: Services forget a pod only some time after it was told to
 /// end. Meanwhile HTTP/2 connections are told to go (RFC 9113 §6.8), and those of HTTP/1 with their next answer.
 pub(crate) async fn run(server: Arc<Server>, address: &str) -> anyhow::Result<()> {
@@ -70,10 +73,18 @@ impl Server {
         stream.set_nodelay(true)?;
         if begins_as_http2(&stream).await? {
             let mut connection = h2::server::handshake(stream).await?;
+            let late = ending.is_cancelled();
+            let leave = async {
+                ending.cancelled().await;
+                if late {
+                    tokio::time::sleep(VISIT).await;
+                }
+            };
+            tokio::pin!(leave);
             let mut told = false;
             loop {
                 let accepted = tokio::select! {
-                    () = ending.cancelled(), if !told => {
+                    () = &mut leave, if !told => {
                         told = true;
                         connection.graceful_shutdown();
                         continue;
