@@ -137,8 +137,6 @@ fn run(arguments: Arguments) -> Result<()> {
 
 /// The parent: the rule, and a worker with the same arguments.
 fn supervise(redirected: SocketAddr, control: SocketAddr) -> Result<()> {
-    let redirect = Redirect::install(redirected.port())
-        .context("cannot install the redirecting rule, which needs NET_ADMIN and nf_tables")?;
     // Whatever it starts stays without privileges.
     rustix::thread::set_no_new_privs(true).context("cannot give up new privileges")?;
     let program = std::env::current_exe().context("where is this program?")?;
@@ -166,6 +164,9 @@ fn supervise(redirected: SocketAddr, control: SocketAddr) -> Result<()> {
                 redirected: bind_once_free(redirected).await?.into_std()?,
                 control: bind_once_free(control).await?.into_std()?,
             };
+            let redirect = Redirect::install(redirected.port()).context(
+                "cannot install the redirecting rule, which needs NET_ADMIN and nf_tables",
+            )?;
             parent::run(redirect, sockets, worker, end, terminated)
                 .await
                 .context("the packet filter or the worker failed")
