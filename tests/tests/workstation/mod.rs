@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
+use tp_manager_api::CLUSTER_PATH;
 use tp_manager_api::sighting::OFFER;
 use tp_tests::{Cluster, eventually, time_in};
 use tp_tunnel::carrier::tls::connect_tls;
@@ -76,6 +78,10 @@ impl<'a> Workstation<'a> {
                 .expect("the pinned manager");
             let (tunnel, driver) = Tunnel::establish(tls).await.expect("admitted");
             tokio::spawn(driver);
+            // Who follows the view stays with this replica.
+            let follow = format!("{CLUSTER_PATH}?after=0");
+            let view = tunnel.control(http::Method::GET, &follow, Bytes::new());
+            view.await.expect("the view");
             ready_tx.send(()).expect("the test waits");
             serve(tunnel, counted).await;
         });
