@@ -166,8 +166,18 @@ pub fn signal(signal: &str, pid: u32) {
     tool(Command::new("kill").args([signal, &pid.to_string()]));
 }
 
-/// Kills what is still there: some end with others.
+/// Kills what is still there, since some end with others, and waits until all are dead: a process that gets no processor
+/// ends what it is about to do in the kernel before it dies.
+#[track_caller]
 pub fn kill_all(pids: &[u32]) {
-    let pids = pids.iter().map(u32::to_string);
-    let _ = Command::new("kill").arg("-KILL").args(pids).output();
+    let words = pids.iter().map(u32::to_string);
+    let _ = Command::new("kill").arg("-KILL").args(words).output();
+    let lives = |pid: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        // Behind the name, which may have anything in it, stands the state (proc_pid_stat(5)).
+        stat.is_ok_and(|stat| !stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')))
+    };
+    eventually("all of them are dead", Duration::from_secs(10), || {
+        (!pids.iter().any(lives)).then_some(())
+    });
 }

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
 use futures::future::BoxFuture;
 use http::Request;
 use tokio::net::{TcpListener, UdpSocket};
@@ -10,8 +12,12 @@ use tp_tunnel::{DialError, Dialed, Service, Target};
 use super::super::secret::tests::credential;
 use super::*;
 
-/// An agent that only hears what it is told.
-struct Hearing(mpsc::UnboundedSender<(Method, RouteTable)>, Gave);
+/// An agent that only hears what it is told, and how often it was asked to yield.
+struct Hearing(
+    mpsc::UnboundedSender<(Method, RouteTable)>,
+    Gave,
+    Arc<AtomicUsize>,
+);
 
 /// Ids of the credentials that were given, each time.
 type Gave = Arc<Mutex<Vec<String>>>;
@@ -46,6 +52,14 @@ impl Service for Hearing {
                     lock(&self.1).push(credential.id().to_owned());
                     *answer.status_mut() = StatusCode::NO_CONTENT;
                 }
+                AGENT_PATH => {
+                    assert_eq!(request.method(), Method::DELETE);
+                    // Its parent is slow the first time.
+                    *answer.status_mut() = match self.2.fetch_add(1, Relaxed) {
+                        0 => StatusCode::SERVICE_UNAVAILABLE,
+                        _ => StatusCode::NO_CONTENT,
+                    };
+                }
                 _ => {
                     let table = serde_json::from_slice(request.body()).unwrap();
                     self.0.send((request.method().clone(), table)).unwrap();
@@ -69,15 +83,15 @@ async fn agent_that_gets(
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (heard_tx, heard_rx) = mpsc::unbounded_channel();
+    let asked = Arc::new(AtomicUsize::new(0));
     tokio::spawn(async move {
         while let Ok((tcp, _)) = listener.accept().await {
             let (identity, heard_tx) = (identity.clone(), heard_tx.clone());
-            let gave = Arc::clone(&gave);
+            let service = Arc::new(Hearing(heard_tx, Arc::clone(&gave), Arc::clone(&asked)));
             tokio::spawn(async move {
                 if let Ok((stream, _)) = accept_tls(tcp, &identity).await {
                     let never = std::future::pending();
-                    let _ =
-                        tp_tunnel::serve(stream, Arc::new(Hearing(heard_tx, gave)), never).await;
+                    let _ = tp_tunnel::serve(stream, service, never).await;
                 }
             });
         }
@@ -149,6 +163,25 @@ async fn routes_are_pushed_when_they_change_and_withdrawn_at_the_end() {
     assert_eq!(ids(&heard.recv().await.unwrap().1), ["a", "b"]);
     drop(link);
     assert_eq!(heard.recv().await.unwrap().1, RouteTable::default());
+}
+
+#[tokio::test]
+async fn an_agent_that_is_to_yield_is_asked_until_it_does_and_then_left_alone() {
+    let identity = Identity::generate();
+    let yields = Orders {
+        yields: true,
+        ..Orders::default()
+    };
+    let (address, mut heard) = agent(identity.clone()).await;
+    let (link, mut news) = start(address, identity.key_hash(), yields);
+
+    while !matches!(link.state(), LinkState::Yielded) {
+        news.changed().await.unwrap();
+    }
+    // The task has ended, and with it who brings news.
+    while news.changed().await.is_ok() {}
+    assert!(matches!(link.state(), LinkState::Yielded));
+    assert!(heard.try_recv().is_err(), "it got no routes");
 }
 
 #[tokio::test]
