@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tp_tests::ledger::now;
 use tp_tests::ledger::scene::{FLOWS, PER_SECOND, Pods, Scene, kill_all, seeds, signal};
-use tp_tests::{Cluster, eventually};
+use tp_tests::manager::IMAGE;
+use tp_tests::{Cluster, Laptop, eventually};
 
 #[test]
 fn a_workers_death_costs_no_more_than_what_it_held() {
@@ -189,6 +190,73 @@ fn a_rollout_of_the_manager_costs_nobody_a_request() {
         let report = scene.report(load, None);
         report.assert_clean(seed, 0);
         assert!(report.mine > 100, "{} reached the laptop", report.mine);
+    }
+}
+
+/// The image under test by another name, as a release has it.
+const NEXT: &str = "lab.local/tp:next";
+
+#[test]
+fn an_upgrade_replaces_the_agents_of_running_pods_and_costs_nobody_a_request() {
+    let Some(cluster) = Cluster::exclusive_with_manager() else {
+        return;
+    };
+    for seed in seeds(12) {
+        cluster.on_node(&[
+            "ctr", "-n", "k8s.io", "images", "tag", "--force", IMAGE, NEXT,
+        ]);
+        let as_before = AsBefore(&cluster);
+        let scene = Scene::new(&cluster, seed);
+        let local = scene.serve(Duration::from_millis(10));
+        scene.intercept(local.port);
+        let load = scene.load_across_attachments();
+        scene.book.see_sent(200);
+        let first = scene.processes(&Pods::All, "tp-agent");
+
+        let upgraded = now();
+        upgrade(&cluster, NEXT);
+
+        eventually("each pod has two agents", Duration::from_secs(30), || {
+            let path = ".items[*].spec.ephemeralContainers[*].image";
+            let images = scene.namespace.value("pods", path);
+            let mut images: Vec<_> = images.split_whitespace().collect();
+            images.sort_unstable();
+            (images == [IMAGE, IMAGE, NEXT, NEXT]).then_some(())
+        });
+        let back = scene.until_mine_return(Duration::from_secs(20));
+        eventually("the old ones are gone", Duration::from_secs(40), || {
+            let left = scene.processes(&Pods::All, "tp-agent");
+            let gone = first.iter().all(|pid| !left.contains(pid));
+            gone.then_some(())
+        });
+        // The rule is the new ones', whatever the old ones took along.
+        let alone = now();
+        scene.book.see_sent(200);
+        let holders = scene.book.holders_of_mine(alone);
+        let report = scene.report(load, Some(upgraded..back));
+        report.assert_clean(seed, 0);
+        assert!(report.mine > 50, "{} reached the laptop", report.mine);
+        assert_eq!(holders.into_iter().collect::<Vec<_>>(), ["laptop"]);
+        drop(as_before);
+    }
+}
+
+/// The manager that other tests expect, once it is dropped.
+struct AsBefore<'a>(&'a Cluster);
+
+impl Drop for AsBefore<'_> {
+    fn drop(&mut self) {
+        upgrade(self.0, IMAGE);
+        let remove = ["ctr", "-n", "k8s.io", "images", "rm", NEXT];
+        self.0.try_on_node(&remove);
+    }
+}
+
+fn upgrade(cluster: &Cluster, image: &str) {
+    let admin = Laptop::admin(cluster);
+    let upgraded = admin.tp(&["upgrade", "--image", image]);
+    if !std::thread::panicking() {
+        upgraded.ok();
     }
 }
 

@@ -175,7 +175,12 @@ pub fn kill_all(pids: &[u32]) {
     let lives = |pid: &u32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
         // Behind the name, which may have anything in it, stands the state (proc_pid_stat(5)).
-        stat.is_ok_and(|stat| !stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')))
+        stat.is_ok_and(|stat| {
+            !stat
+                .rsplit(") ")
+                .next()
+                .is_some_and(|rest| rest.starts_with('Z'))
+        })
     };
     eventually("all of them are dead", Duration::from_secs(10), || {
         (!pids.iter().any(lives)).then_some(())
