@@ -179,7 +179,8 @@ async fn an_agent_that_is_to_yield_is_asked_until_it_does_and_then_left_alone() 
         news.changed().await.unwrap();
     }
     // The task has ended, and with it who brings news.
-    while news.changed().await.is_ok() {}
+    let ended = async { while news.changed().await.is_ok() {} };
+    timeout(Duration::from_secs(10), ended).await.unwrap();
     assert!(matches!(link.state(), LinkState::Yielded));
     assert!(heard.try_recv().is_err(), "it got no routes");
 }
