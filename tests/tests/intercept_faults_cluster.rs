@@ -205,7 +205,7 @@ fn an_upgrade_replaces_the_agents_of_running_pods_and_costs_nobody_a_request() {
         cluster.on_node(&[
             "ctr", "-n", "k8s.io", "images", "tag", "--force", IMAGE, NEXT,
         ]);
-        let as_before = AsBefore(&cluster);
+        let _as_before = AsBefore(&cluster);
         let scene = Scene::new(&cluster, seed);
         let local = scene.serve(Duration::from_millis(10));
         scene.intercept(local.port);
@@ -237,7 +237,6 @@ fn an_upgrade_replaces_the_agents_of_running_pods_and_costs_nobody_a_request() {
         report.assert_clean(seed, 0);
         assert!(report.mine > 50, "{} reached the laptop", report.mine);
         assert_eq!(holders.into_iter().collect::<Vec<_>>(), ["laptop"]);
-        drop(as_before);
     }
 }
 

@@ -90,7 +90,7 @@ impl Report {
     }
 
     /// Clean errors of requests that were sent after that time, in milliseconds since 1970.
-    pub fn errors_after(&self, time: u64) -> Vec<&Finding> {
+    fn errors_after(&self, time: u64) -> Vec<&Finding> {
         let errors = self.findings.iter();
         errors
             .filter(|finding| finding.class == Class::CleanError)
