@@ -35,6 +35,12 @@ pub struct Budget {
 #[derive(Debug)]
 pub struct Share(#[expect(dead_code, reason = "held for its Drop")] OwnedSemaphorePermit);
 
+impl From<OwnedSemaphorePermit> for Share {
+    fn from(permit: OwnedSemaphorePermit) -> Self {
+        Self(permit)
+    }
+}
+
 const UNIT: usize = 1024;
 
 impl Default for Budget {

@@ -268,12 +268,13 @@ impl AsyncWrite for Socket {
     }
 }
 
-/// Reads from what was read already; false when nothing of it is left. The last of it gives its buffer back.
-pub(crate) fn take_early(early: &mut BytesMut, buf: &mut ReadBuf<'_>) -> bool {
+/// Reads from what was read already, at most so much; false when nothing of it is left. The last of it gives its buffer
+/// back.
+pub(crate) fn take_early(early: &mut BytesMut, buf: &mut ReadBuf<'_>, most: usize) -> bool {
     if early.is_empty() {
         return false;
     }
-    let size = early.len().min(buf.remaining());
+    let size = early.len().min(buf.remaining()).min(most);
     buf.put_slice(&early[..size]);
     early.advance(size);
     if early.is_empty() {
@@ -288,7 +289,7 @@ impl AsyncRead for Raw {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if take_early(&mut self.early, buf) {
+        if take_early(&mut self.early, buf, usize::MAX) {
             return Poll::Ready(Ok(()));
         }
         loop {
@@ -336,9 +337,10 @@ mod tests {
         let (mut read, mut room) = (Vec::new(), [0; 3]);
         loop {
             let mut buf = ReadBuf::new(&mut room);
-            if !take_early(&mut early, &mut buf) {
+            if !take_early(&mut early, &mut buf, 2) {
                 break;
             }
+            assert!(buf.filled().len() <= 2);
             read.extend_from_slice(buf.filled());
         }
         assert_eq!((&read[..], early.capacity()), (&b"question"[..], 0));

@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::{Agent, Server, ada, agent_with, soon};
+use common::{Agent, Server, ada, agent_with, frame, soon};
 use h2::client::SendRequest;
 use h2::{Reason, RecvStream};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -354,6 +354,30 @@ async fn answers_that_nobody_reads_keep_no_other_stream_waiting() {
     }
 }
 
+#[tokio::test]
+async fn what_is_sent_after_an_early_answer_harms_no_other_stream() {
+    let agent = agent().await;
+    let tcp = TcpStream::connect(agent.address).await.unwrap();
+    let mut client = h2::client::Builder::new();
+    // The answer has to wait for its reader, and its stream is open as long.
+    client.initial_window_size(1);
+    let (requests, connection) = client.handshake(tcp).await.unwrap();
+    tokio::spawn(async move { drop(connection.await) });
+    let mut requests = requests.ready().await.unwrap();
+    let (response, mut body) = requests
+        .send_request(request("/early", "eve"), false)
+        .unwrap();
+    let response = soon(response).await.unwrap();
+    for _ in 0..20 {
+        for _ in 0..100 {
+            body.send_data("x".into(), false).unwrap();
+        }
+        assert!(call(&requests, "/", "eve", b"x").await.starts_with("app"));
+    }
+    let (text, _) = soon(collect(response.into_body())).await.unwrap();
+    assert_eq!(text, b"app POST /early 0 for 127.0.0.1");
+}
+
 /// Opens so many streams that are never answered. They last as long as what is returned.
 async fn deaf(requests: &SendRequest<Bytes>, streams: usize) -> impl Sized + use<> {
     let mut open = Vec::new();
@@ -449,13 +473,6 @@ async fn floods_end_their_own_connection() {
     let agent = agent().await;
     let neighbour = client(agent.address).await;
     assert!(call(&neighbour, "/", "eve", b"").await.starts_with("app"));
-    let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
-        let mut frame = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
-        frame.extend([kind, flags]);
-        frame.extend(stream.to_be_bytes());
-        frame.extend_from_slice(payload);
-        frame
-    };
     // HEADERS of GET http://a/ in HPACK's static table, ended at once.
     let headers = [0x82, 0x86, 0x84, 0x41, 0x01, b'a'];
     let rapid_reset = |n: u32| {

@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{ADA, Client, SEED, ada, server, soon, workstation};
+use common::{ADA, Client, SEED, ada, frame, server, soon, workstation};
 use http::{Method, StatusCode};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -385,13 +385,6 @@ enum Stranger {
 impl Stranger {
     /// Sends `streams` requests, each with `body` bytes in frames of `piece` and no end, whatever it is granted.
     fn h2(streams: u32, body: usize, piece: usize) -> Self {
-        let frame = |kind: u8, flags: u8, stream: u32, payload: &[u8]| {
-            let mut frame = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
-            frame.extend([kind, flags]);
-            frame.extend(stream.to_be_bytes());
-            frame.extend_from_slice(payload);
-            frame
-        };
         let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         // SETTINGS_INITIAL_WINDOW_SIZE, and the connection's window.
         bytes.extend(frame(4, 0, 0, &[0, 4, 0x7f, 0xff, 0xff, 0xff]));

@@ -4,7 +4,6 @@ pub mod detect;
 pub mod http1;
 mod http2;
 mod opaque;
-mod prefixed;
 pub(crate) mod tls;
 mod unparsed;
 

@@ -399,3 +399,12 @@ pub async fn expect(tcp: &mut TcpStream, end: &str) -> String {
     }
     String::from_utf8(all).unwrap()
 }
+
+/// One frame of HTTP/2 (RFC 9113 §4.1).
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut frame = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend_from_slice(payload);
+    frame
+}

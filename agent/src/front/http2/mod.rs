@@ -31,7 +31,6 @@ use tp_manager_api::matcher::graphql::{BODY_MAX, Operation};
 use tp_manager_api::sighting::AnsweredBy;
 use tp_tunnel::{ByteStream, Workstation};
 
-use super::prefixed::Prefixed;
 use super::{Place, Shared, open, stopping};
 use crate::book::Live;
 use crate::budget::LARGE;
@@ -41,7 +40,7 @@ use crate::upstream::Dialing;
 use exchange::{Exchange, GONE, PIECE, answer};
 use intake::Intake;
 use message::to_match;
-use paced::{FRAMES_AT_ONCE, PREFACE, Paced};
+use paced::{FRAMES_AT_ONCE, Paced};
 use queued::{QUEUE, Queue, Queued};
 use slots::Slots;
 use windows::{Backlog, Window};
@@ -91,13 +90,9 @@ pub(super) async fn serve(
     place: Place,
     shared: Arc<Shared>,
 ) {
-    let io = Prefixed {
-        early,
-        socket: client,
-    };
     let mut builder = h2::server::Builder::new();
     bounded!(builder, WINDOW).max_concurrent_streams(STREAMS_MAX);
-    let io = Paced::new(io, PREFACE);
+    let io = Paced::from_client(client, early);
     let Ok(mut connection) = builder.handshake::<_, Queued>(io).await else {
         return;
     };
@@ -445,7 +440,7 @@ impl Peers {
 async fn speak(io: impl ByteStream, window: u32, shared: Arc<Shared>, peer: oneshot::Sender<Peer>) {
     let mut builder = h2::client::Builder::new();
     bounded!(builder, window).enable_push(false);
-    let io = Paced::new(io, 0);
+    let io = Paced::from_server(io);
     let shaken = builder.handshake::<_, Queued>(io).await;
     let Ok((requests, mut connection)) = shaken else {
         return;

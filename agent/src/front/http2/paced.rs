@@ -8,7 +8,10 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+
+use crate::socket::take_early;
 
 /// Frames after which the streams come first.
 const FRAMES: usize = 64;
@@ -23,12 +26,14 @@ pub(super) const FRAMES_AT_ONCE: usize = FRAMES + BLIND / (HEADER + 1);
 const HEADER: usize = 9;
 
 /// What a client says first (RFC 9113 §3.4), in bytes.
-pub(super) const PREFACE: usize = 24;
+const PREFACE: usize = 24;
 
 /// A connection whose frames come a few at a time.
 #[derive(Debug)]
 pub(super) struct Paced<IO> {
     io: IO,
+    /// Read already.
+    early: BytesMut,
     frames: Frames,
     /// Frames that have begun since the streams came first.
     begun: usize,
@@ -46,14 +51,27 @@ struct Frames {
 }
 
 impl<IO> Paced<IO> {
-    /// Frames begin after `preface` bytes.
-    pub(super) fn new(io: IO, preface: usize) -> Self {
+    /// Of who serves: `early` was read from it, and frames begin after the preface.
+    pub(super) fn from_client(io: IO, early: BytesMut) -> Self {
+        let rest = PREFACE;
+        let frames = Frames {
+            rest,
+            ..Frames::default()
+        };
         Self {
             io,
-            frames: Frames {
-                rest: preface,
-                ..Frames::default()
-            },
+            early,
+            frames,
+            begun: 0,
+        }
+    }
+
+    /// Of who asks: frames are all that comes.
+    pub(super) fn from_server(io: IO) -> Self {
+        Self {
+            io,
+            early: BytesMut::new(),
+            frames: Frames::default(),
             begun: 0,
         }
     }
@@ -99,8 +117,10 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Paced<IO> {
             return Poll::Pending;
         }
         let before = buf.filled().len();
-        let most = (this.frames.rest + BLIND) as u64;
-        ready!(Pin::new(&mut (&mut this.io).take(most)).poll_read(cx, buf))?;
+        let most = this.frames.rest + BLIND;
+        if !take_early(&mut this.early, buf, most) {
+            ready!(Pin::new(&mut (&mut this.io).take(most as u64)).poll_read(cx, buf))?;
+        }
         this.begun += this.frames.pass(&buf.filled()[before..]);
         Poll::Ready(Ok(()))
     }
@@ -151,7 +171,7 @@ mod tests {
             bytes.extend(vec![0xff; length as usize]);
         }
         for size in [1, 2, 7, 9, 10, 1024, bytes.len()] {
-            let mut frames = Paced::new((), PREFACE).frames;
+            let mut frames = Paced::from_client((), BytesMut::new()).frames;
             let begun: usize = bytes.chunks(size).map(|chunk| frames.pass(chunk)).sum();
             assert_eq!((begun, frames.rest, frames.header), (6, 0, 0), "by {size}");
         }

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
 use crate::budget::{STREAM, Share};
 use crate::front::Shared;
@@ -24,17 +24,10 @@ pub(super) const CHARGE: usize = FEW * STREAM;
 pub(super) struct Slots {
     few: Arc<Semaphore>,
     shared: Arc<Shared>,
-    /// The next stream's.
-    next: Option<Slot>,
+    /// The next stream's, which holds it for as long as it runs.
+    next: Option<Share>,
     /// For a shared one, while there is none.
     waiting: Option<BoxFuture<'static, Share>>,
-}
-
-/// Held by a stream for as long as it runs.
-#[derive(Debug)]
-pub(super) enum Slot {
-    OfTheFew(#[expect(dead_code, reason = "held for its Drop")] OwnedSemaphorePermit),
-    Shared(#[expect(dead_code, reason = "held for its Drop")] Share),
 }
 
 impl Slots {
@@ -52,8 +45,8 @@ impl Slots {
     pub(super) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.next.is_none() {
             let slot = match Arc::clone(&self.few).try_acquire_owned() {
-                Ok(permit) => Slot::OfTheFew(permit),
-                Err(_) => Slot::Shared(ready!(self.poll_shared(cx))),
+                Ok(permit) => permit.into(),
+                Err(_) => ready!(self.poll_shared(cx)),
             };
             self.waiting = None;
             self.next = Some(slot);
@@ -76,7 +69,7 @@ impl Slots {
     }
 
     /// The slot of a stream that was taken.
-    pub(super) fn take(&mut self) -> Option<Slot> {
+    pub(super) fn take(&mut self) -> Option<Share> {
         self.next.take()
     }
 }
